@@ -1,0 +1,101 @@
+// Thin wrappers over what the kernels need from the hardware, and the only inline PTX. With SLOWFAST_EXT_EMULATOR the
+// same names come from tests/emulator/emulator.h, so that g++ compiles the kernels for a CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef SLOWFAST_EXT_EMULATOR
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// The block's dynamic shared memory as bytes, aligned for 16-byte accesses and 128-byte swizzles.
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace slowfast_ext {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+template <typename T>
+__device__ __forceinline__ float to_float(T value) {
+  return static_cast<float>(value);
+}
+
+// Round to nearest even.
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  return static_cast<T>(value);
+}
+
+// Launch `kernel(arguments...)`; the caller checks cudaGetLastError().
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes,
+                   cudaStream_t stream, Arguments... arguments) {
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+}
+
+namespace ptx {
+
+// Start copying 16 bytes from global to shared memory, both 16-byte aligned; zeros if not valid. `global` must be a
+// readable address only if valid. Complete after commit and wait.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+  const unsigned destination = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Wait until at most `kPending` of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements (or 8x4 of 32 bits). Lane l gives the address of row l % 8 of matrix l / 8 and
+// receives from matrix j, in r[j], the 32 bits at row l / 4, word l % 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+  const unsigned source = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(source)
+               : "memory");
+}
+
+// d += a * b with a 16x16 (row), b 16x8 (column), d 16x8 in float32. With g = lane / 4 and t = lane % 4:
+// a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..); b[0] = (2t.., g),
+// b[1] = (2t + 8.., g); d = (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d += a * b with a 16x8, b 8x8, d 16x8; a and b hold float32 bits, of which the tensor core reads the tf32 part:
+// a[0] = (g, t), a[1] = (g + 8, t), a[2] = (g, t + 4), a[3] = (g + 8, t + 4); b[0] = (t, g), b[1] = (t + 4, g).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The nearest tf32 value (10 fraction bits), ties away from zero, as float32 bits.
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+}  // namespace ptx
+}  // namespace slowfast_ext
+#endif
