@@ -1,14 +1,13 @@
 // Shorthands over the LibTorch stable ABI (oldest supported: 2.11). The only header that names torch's internals.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK; not pulled in by the others before 2.13
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
-
-#include <cuda_runtime.h>
 
 namespace slowfast_ext {
 

@@ -1,0 +1,192 @@
+// Host side of conv3d_bn_relu: checks, layouts, dispatch. What the operator means is in
+// slowfast_ext/ops/conv3d_bn_relu.py.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "conv3d_bn_relu.cuh"
+
+namespace slowfast_ext {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + ")";
+}
+
+std::string text_of(const Sizes& sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+// The distance between neighbouring pixels if the tensor is a channels-last (N, C, T, H, W) tensor or a slice of some
+// channels of one, else -1. Strides of dimensions of size 1 mean nothing.
+int64_t pixel_pitch(const Tensor& tensor) {
+  if (tensor.size(1) > 1 && tensor.stride(1) != 1) return -1;
+  int64_t pitch = -1, pixels = 1;
+  for (const int dimension : {4, 3, 2, 0}) {
+    if (tensor.size(dimension) == 1) continue;
+    if (pitch < 0) pitch = tensor.stride(dimension) / pixels;
+    if (tensor.stride(dimension) != pitch * pixels) return -1;
+    pixels *= tensor.size(dimension);
+  }
+  if (pitch < 0) return tensor.size(1);  // a single pixel
+  return pitch >= tensor.size(1) ? pitch : -1;
+}
+
+Tensor channels_last(const Tensor& tensor) { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast3d); }
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+Sizes output_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding) {
+  STD_TORCH_CHECK(x.dim() == 5, "conv3d_bn_relu: x must be (N, C, T, H, W), got ", shape_of(x));
+  STD_TORCH_CHECK(weight.dim() == 5 && weight.size(1) == x.size(1) && weight.size(0) > 0 && weight.size(1) > 0,
+                  "conv3d_bn_relu: weight must be (K, ", x.size(1), ", kernel_t, kernel_h, kernel_w), got ",
+                  shape_of(weight));
+  STD_TORCH_CHECK(stride.size() == 3 && stride[0] > 0 && stride[1] > 0 && stride[2] > 0,
+                  "conv3d_bn_relu: stride must be three positive integers, got ", text_of(stride));
+  STD_TORCH_CHECK(padding.size() == 3 && padding[0] >= 0 && padding[1] >= 0 && padding[2] >= 0,
+                  "conv3d_bn_relu: padding must be three integers of at least 0, got ", text_of(padding));
+  Sizes shape = {x.size(0), weight.size(0)};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t padded = x.size(2 + i) + 2 * padding[i];
+    STD_TORCH_CHECK(weight.size(2 + i) > 0 && padded >= weight.size(2 + i),
+                    "conv3d_bn_relu: the kernel must fit into the padded input, got kernel ", weight.size(2 + i),
+                    " for ", padded, " elements in dimension ", 2 + i);
+    shape.push_back((padded - weight.size(2 + i)) / stride[i] + 1);
+  }
+  return shape;
+}
+
+void check_like_x(const Tensor& tensor, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "conv3d_bn_relu: ", name,
+                  " must be on the device of x, cuda:", x.get_device_index());
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "conv3d_bn_relu: ", name, " must have the dtype of x");
+}
+
+void check_shape(const Tensor& tensor, const char* name, const Sizes& shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
+  STD_TORCH_CHECK(same, "conv3d_bn_relu: ", name, " must be ", text_of(shape), ", got ", shape_of(tensor));
+}
+
+int checked_int(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value <= INT_MAX - 256, "conv3d_bn_relu: ", name, " must be below 2^31 - 256, got ", value);
+  return static_cast<int>(value);
+}
+
+void launch(const Conv3dParameters& p, ScalarType dtype, bool allow_tf32, bool vector, const Tensor& x) {
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  const cudaStream_t stream = current_stream(x);
+  if (dtype == ScalarType::BFloat16) {
+    launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, vector, TileShape::kAuto, multiprocessors, stream);
+  } else if (dtype == ScalarType::Half) {
+    launch_conv3d_bn_relu<HalfMath<float16>>(p, vector, TileShape::kAuto, multiprocessors, stream);
+  } else if (allow_tf32) {
+    launch_conv3d_bn_relu<Tf32Math>(p, vector, TileShape::kAuto, multiprocessors, stream);
+  } else {
+    launch_conv3d_bn_relu<SplitTf32Math>(p, vector, TileShape::kAuto, multiprocessors, stream);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+                        const std::optional<Tensor>& residual_, Sizes stride, Sizes padding, bool relu, bool allow_tf32,
+                        Tensor out) {
+  const Sizes shape = output_shape(x_, weight_, stride, padding);
+  const ScalarType dtype = x_.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "conv3d_bn_relu: x must be float32, float16 or bfloat16 on CUDA, got another dtype");
+  check_like_x(weight_, "weight", x_);
+  check_like_x(out, "out", x_);
+  check_shape(out, "out", shape);
+  const int64_t y_pitch = pixel_pitch(out);
+  STD_TORCH_CHECK(y_pitch > 0,
+                  "conv3d_bn_relu: out must be channels_last_3d or a slice of the channels of such a tensor");
+  if (bias_) {
+    STD_TORCH_CHECK(bias_->is_cuda() && bias_->get_device_index() == x_.get_device_index() &&
+                        bias_->scalar_type() == ScalarType::Float,
+                    "conv3d_bn_relu: bias must be float32 on the device of x");
+    check_shape(*bias_, "bias", {shape[1]});
+  }
+  if (residual_) {
+    check_like_x(*residual_, "residual", x_);
+    check_shape(*residual_, "residual", shape);
+  }
+  if (out.numel() == 0) return;
+  const DeviceGuard guard(x_.get_device_index());
+
+  // Named, so that they outlive the launch. Any strides do for x, but channels far apart are gathered slowly: copy
+  // once unless there are only few, as in a stem.
+  const int64_t element = dtype == ScalarType::Float ? 4 : 2, chunk = 16 / element;
+  const Tensor x = x_.stride(1) != 1 && x_.size(1) >= chunk ? channels_last(x_) : x_;
+  const Tensor weight = channels_last(weight_);
+  const Tensor bias = bias_ ? torch::stable::contiguous(*bias_) : weight;
+  const Tensor residual = !residual_ ? weight : pixel_pitch(*residual_) > 0 ? *residual_ : channels_last(*residual_);
+
+  Conv3dParameters p{};
+  p.x = x.data_ptr();
+  p.weight = weight.data_ptr();
+  p.bias = bias_ ? bias.const_data_ptr<float>() : nullptr;
+  p.residual = residual_ ? residual.data_ptr() : nullptr;
+  p.y = out.data_ptr();
+  p.x_stride_n = x.stride(0);
+  p.x_stride_c = x.stride(1);
+  p.x_stride_t = x.stride(2);
+  p.x_stride_h = x.stride(3);
+  p.x_stride_w = x.stride(4);
+  p.residual_pitch = residual_ ? pixel_pitch(residual) : 0;
+  p.y_pitch = y_pitch;
+  p.in_channels = checked_int(x.size(1), "the number of input channels");
+  p.in_t = checked_int(x.size(2), "T");
+  p.in_h = checked_int(x.size(3), "H");
+  p.in_w = checked_int(x.size(4), "W");
+  p.out_channels = checked_int(shape[1], "the number of output channels");
+  p.out_t = checked_int(shape[2], "the output's T");
+  p.out_h = checked_int(shape[3], "the output's H");
+  p.out_w = checked_int(shape[4], "the output's W");
+  p.kernel_t = checked_int(weight.size(2), "kernel_t");
+  p.kernel_h = checked_int(weight.size(3), "kernel_h");
+  p.kernel_w = checked_int(weight.size(4), "kernel_w");
+  p.stride_t = checked_int(stride[0], "stride_t");
+  p.stride_h = checked_int(stride[1], "stride_h");
+  p.stride_w = checked_int(stride[2], "stride_w");
+  p.padding_t = checked_int(padding[0], "padding_t");
+  p.padding_h = checked_int(padding[1], "padding_h");
+  p.padding_w = checked_int(padding[2], "padding_w");
+  p.pixels = checked_int(shape[0] * shape[2] * shape[3] * shape[4], "the number of output pixels");
+  p.reduction = checked_int(weight.size(1) * weight.size(2) * weight.size(3) * weight.size(4), "the size of a filter");
+  p.relu = relu;
+  p.paired =
+      y_pitch % 2 == 0 && aligned(p.y, 2 * element) && p.residual_pitch % 2 == 0 && aligned(p.residual, 2 * element);
+
+  bool vector = p.in_channels % chunk == 0 && p.x_stride_c == 1 && aligned(p.x, 16) && aligned(p.weight, 16);
+  for (const int64_t distance : {p.x_stride_n, p.x_stride_t, p.x_stride_h, p.x_stride_w}) {
+    vector = vector && distance % chunk == 0;
+  }
+  launch(p, dtype, allow_tf32, vector, x);
+}
+
+Tensor conv3d_bn_relu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& residual, Sizes stride, Sizes padding, bool relu, bool allow_tf32) {
+  const Sizes shape = output_shape(x, weight, stride, padding);
+  Tensor y = torch::stable::empty(shape, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                  MemoryFormat::ChannelsLast3d);
+  conv3d_bn_relu_out(x, weight, bias, residual, stride, padding, relu, allow_tf32, y);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slowfast_ext, CUDA, m) {
+  m.impl("conv3d_bn_relu", TORCH_BOX(&conv3d_bn_relu));
+  m.impl("conv3d_bn_relu.out", TORCH_BOX(&conv3d_bn_relu_out));
+}
+
+}  // namespace slowfast_ext

@@ -1,0 +1,243 @@
+"""``relu(conv3d(x, weight) + bias + residual)`` with the batch norm folded into weight and bias."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._library import lib
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[3] stride, int[3] padding, bool relu, bool allow_tf32"
+)
+lib.define(f"conv3d_bn_relu({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+lib.define(f"conv3d_bn_relu.out({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_functional = torch.ops.slowfast_ext.conv3d_bn_relu.default
+_into = torch.ops.slowfast_ext.conv3d_bn_relu.out
+
+
+def conv3d_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int | tuple[int, int, int] = 0,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """3-D convolution with everything that follows it in a residual network, in one pass over memory.
+
+    Equivalent to::
+
+        y = F.conv3d(x, weight, bias, stride, padding)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+
+    except that products, bias and residual are summed in float32 and rounded once (float32 convolutions use TF32 where
+    ``torch.backends.cudnn`` allows it, as torch's own do, and three TF32 products a term elsewhere). A batch norm in
+    evaluation mode belongs into weight and bias: see :func:`fold_batch_norm`.
+
+    Args:
+        x (Tensor[N, C, T, H, W]): float32, float16, bfloat16, on a CPU also float64; any strides, fastest in
+            channels_last_3d with a C that fills 16 bytes.
+        weight (Tensor[K, C, kernel_t, kernel_h, kernel_w]): dtype of ``x``; fastest in channels_last_3d.
+        bias (Tensor[K]): float32 (float64 if ``x`` is).
+        residual (Tensor[N, K, T', H', W']): dtype of ``x``, added before the ReLU.
+        stride, padding: elements along (T, H, W), or one number for all three.
+        relu: whether the ReLU is applied.
+        out (Tensor[N, K, T', H', W']): where to write, dtype of ``x``: channels_last_3d, or a slice of the channels of
+            such a tensor, which is how a concatenation is filled without a copy. Must not overlap ``x``. Without
+            gradients.
+
+    Returns:
+        Tensor[N, K, T', H', W']: ``out``, or a new tensor in channels_last_3d.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device, or the kernel does not fit into the padded input.
+
+    Gradients for x, weight, bias and residual, differentiable again. Under autocast x, weight and residual are cast,
+    bias is not.
+    """
+    stride = (stride,) * 3 if isinstance(stride, int) else stride
+    padding = (padding,) * 3 if isinstance(padding, int) else padding
+    allow_tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    if out is None:
+        return _functional(x, weight, bias, residual, stride, padding, relu, allow_tf32)
+    _into(x, weight, bias, residual, stride, padding, relu, allow_tf32, out)
+    return out
+
+
+def fold_batch_norm(
+    weight: Tensor, bias: Tensor | None, bn: torch.nn.BatchNorm3d | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that equals convolution, then ``bn`` in evaluation mode.
+
+    ``weight * gamma / sqrt(var + eps)`` and ``(bias - mean) * gamma / sqrt(var + eps) + beta``, in float32 (float64 if
+    ``weight`` is), to be rounded once by the caller.
+
+    Args:
+        weight (Tensor[K, C, kernel_t, kernel_h, kernel_w]): floating point.
+        bias (Tensor[K]): the convolution's own.
+        bn: with running statistics; None folds nothing.
+
+    Returns:
+        (Tensor[K, C, kernel_t, kernel_h, kernel_w], Tensor[K] or None)
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if bn is None:
+        return weight, bias
+    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(dtype)
+    shift = -bn.running_mean.to(dtype) if bias is None else bias - bn.running_mean.to(dtype)
+    shift = shift * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(dtype)
+    return weight * scale.view(-1, 1, 1, 1, 1), shift
+
+
+def _bias_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(condition: bool, argument: str, expected: str, actual: object) -> None:
+    torch._check(condition, lambda: f"conv3d_bn_relu: {argument} must be {expected}, got {actual}")
+
+
+def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
+    """The shape of the result; checks what the CUDA kernels check too, with the same words."""
+    _check(x.dim() == 5, "x", "(N, C, T, H, W)", tuple(x.shape))
+    _check(
+        weight.dim() == 5 and weight.shape[1] == x.shape[1] and min(weight.shape[:2]) > 0,
+        "weight",
+        f"(K, {x.shape[1]}, kernel_t, kernel_h, kernel_w)",
+        tuple(weight.shape),
+    )
+    _check(len(stride) == 3 and min(stride) > 0, "stride", "three positive integers", tuple(stride))
+    _check(len(padding) == 3 and min(padding) >= 0, "padding", "three integers of at least 0", tuple(padding))
+    shape = [x.shape[0], weight.shape[0]]
+    for size, kernel, step, pad, dimension in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, (2, 3, 4), strict=True
+    ):
+        padded = size + 2 * pad
+        torch._check(
+            kernel > 0 and padded >= kernel,
+            lambda kernel=kernel, padded=padded, dimension=dimension: (
+                "conv3d_bn_relu: the kernel must fit into the padded input, "
+                f"got kernel {kernel} for {padded} elements in dimension {dimension}"
+            ),
+        )
+        shape.append((padded - kernel) // step + 1)
+    _check(x.is_floating_point(), "x", "floating point", x.dtype)
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is not None:
+            _check(tensor.device == x.device, name, f"on the device of x, {x.device}", tensor.device)
+            _check(tensor.dtype == x.dtype, name, f"in the dtype of x, {x.dtype}", tensor.dtype)
+    if residual is not None:
+        _check(tuple(residual.shape) == tuple(shape), "residual", tuple(shape), tuple(residual.shape))
+    if bias is not None:
+        _check(bias.dtype == _bias_dtype(x), "bias", _bias_dtype(x), bias.dtype)
+        _check(bias.device == x.device, "bias", f"on the device of x, {x.device}", bias.device)
+        _check(tuple(bias.shape) == (weight.shape[0],), "bias", f"({weight.shape[0]},)", tuple(bias.shape))
+    return shape
+
+
+def _check_out(x, out, shape) -> None:
+    _check(out.device == x.device, "out", f"on the device of x, {x.device}", out.device)
+    _check(out.dtype == x.dtype, "out", f"in the dtype of x, {x.dtype}", out.dtype)
+    _check(tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
+
+
+def conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    _output_shape(x, weight, bias, residual, stride, padding)
+    y = F.conv3d(x, weight, None, stride, padding).to(_bias_dtype(x))
+    if bias is not None:
+        y = y + bias.view(-1, 1, 1, 1)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = y.relu()
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _reference_into(x, weight, bias, residual, stride, padding, relu, allow_tf32, out) -> None:
+    _check_out(x, out, _output_shape(x, weight, bias, residual, stride, padding))
+    out.copy_(conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu))
+
+
+lib.impl("conv3d_bn_relu", conv3d_bn_relu_reference, "CompositeExplicitAutograd")
+lib.impl("conv3d_bn_relu.out", _reference_into, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("slowfast_ext::conv3d_bn_relu", lib=lib)
+def _fake(x, weight, bias, residual, stride, padding, relu, allow_tf32):
+    shape = _output_shape(x, weight, bias, residual, stride, padding)
+    return x.new_empty(shape).to(memory_format=torch.channels_last_3d)
+
+
+@torch.library.register_fake("slowfast_ext::conv3d_bn_relu.out", lib=lib)
+def _fake_into(x, weight, bias, residual, stride, padding, relu, allow_tf32, out):
+    _check_out(x, out, _output_shape(x, weight, bias, residual, stride, padding))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, ctx.stride, ctx.padding, ctx.relu, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+
+
+def _backward(ctx, grad):
+    x, weight, y = ctx.saved_tensors
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    grad_x = grad_weight = None
+    if needs_x or needs_weight:
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            ctx.stride,
+            ctx.padding,
+            [1, 1, 1],
+            False,
+            [0, 0, 0],
+            1,
+            [needs_x, needs_weight, False],
+        )
+    grad_bias = grad.sum((0, 2, 3, 4), dtype=ctx.bias_dtype) if needs_bias else None
+    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None, None
+
+
+torch.library.register_autograd("slowfast_ext::conv3d_bn_relu", _backward, setup_context=_setup_context, lib=lib)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Cast what flows through the convolution, never the bias: torch.library.register_autocast would cast all."""
+    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor, dtype):
+        return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+    def functional(x, weight, bias, residual, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return _functional(
+                cast(x, dtype), cast(weight, dtype), cast(bias, torch.float32), cast(residual, dtype), *rest
+            )
+
+    def into(x, weight, bias, residual, *rest):
+        dtype = rest[-1].dtype  # the buffer is there already
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            _into(cast(x, dtype), cast(weight, dtype), cast(bias, torch.float32), cast(residual, dtype), *rest)
+
+    lib.impl("conv3d_bn_relu", functional, key)
+    lib.impl("conv3d_bn_relu.out", into, key)
+
+
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")
