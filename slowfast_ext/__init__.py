@@ -1,6 +1,8 @@
 """Fused CUDA kernels for SlowFast video recognition under plain PyTorch."""
 
-from . import nn, ops
+from . import models, nn, ops
 from ._library import unavailable_reason
+from .checkpoints import create_model
+from .models import list_models
 
-__all__ = ["nn", "ops", "unavailable_reason"]
+__all__ = ["create_model", "list_models", "models", "nn", "ops", "unavailable_reason"]
