@@ -61,7 +61,7 @@ def choose_architectures(torch, cuda_home):
         if (major, minor) >= OLDEST_CAPABILITY:
             oldest.setdefault(major, f"{major}.{minor}")
     names = list(oldest.values())
-    return names[:-1] + [f"{names[-1]}+PTX"], "no GPU is visible: everything this nvcc knows"
+    return [*names[:-1], f"{names[-1]}+PTX"], "no GPU is visible: everything this nvcc knows"
 
 
 def decide():

@@ -20,22 +20,32 @@ namespace slowfast_ext {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
-}
+// Spelled out, because torch compiles with the implicit conversions of these types switched off.
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(float16 value) { return __half2float(value); }
 
 // Round to nearest even.
 template <typename T>
-__device__ __forceinline__ T from_float(float value) {
-  return static_cast<T>(value);
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ float16 from_float<float16>(float value) {
+  return __float2half_rn(value);
 }
 
 // Launch `kernel(arguments...)`; the caller checks cudaGetLastError().
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
-  kernel<<<blocks, threads, shared_bytes, stream> > >(arguments...);
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
 }
 
 namespace ptx {
