@@ -64,6 +64,8 @@ def conv3d_bn_relu(
     allow_tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
     if out is None:
         return _operator(x, weight, bias, residual, stride, padding, relu, allow_tf32)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual, out)):
+        raise RuntimeError("conv3d_bn_relu: with out, no argument may require gradients (or use torch.no_grad())")
     _operator_out(x, weight, bias, residual, stride, padding, relu, allow_tf32, out)
     return out
 
@@ -144,10 +146,25 @@ def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
     return shape
 
 
+def _has_pixels(tensor) -> bool:
+    """Channels side by side and pixels at one distance: channels_last_3d, or some channels of such a tensor."""
+    sizes, strides = tensor.shape, tensor.stride()
+    distance, pixels = None, 1
+    for dimension in (4, 3, 2, 0):
+        if sizes[dimension] != 1:
+            distance = strides[dimension] // pixels if distance is None else distance
+            if strides[dimension] != distance * pixels:
+                return False
+            pixels = pixels * sizes[dimension]
+    return (sizes[1] == 1 or strides[1] == 1) and (distance is None or distance >= sizes[1])
+
+
 def _check_out(x, out, shape) -> None:
     _check(out.device == x.device, "out", f"on the device of x, {x.device}", out.device)
     _check(out.dtype == x.dtype, "out", f"in the dtype of x, {x.dtype}", out.dtype)
     _check(tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
+    layout = "channels_last_3d or a slice of the channels of such a tensor"
+    _check(_has_pixels(out), "out", layout, f"strides {tuple(out.stride())}")
 
 
 def conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:

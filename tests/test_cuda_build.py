@@ -1,0 +1,51 @@
+"""The compiled module, as far as it can be examined without a GPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import slowfast_ext
+
+extension = pytest.importorskip("slowfast_ext._C", reason=str(slowfast_ext.unavailable_reason("cuda")))
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_it_is_one_abi3_module():
+    assert Path(extension.__file__).name == "_C.abi3.so"
+
+
+def test_every_operator_has_a_cuda_kernel():
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("slowfast_ext::")]
+    names.remove("slowfast_ext::build_info")
+    assert names
+    missing = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
+    assert missing == []
+
+
+def test_it_says_what_it_was_built_for():
+    assert re.fullmatch(r"(\d+\.\d[af]?(\+PTX)? ?)+", torch.ops.slowfast_ext.build_info())
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_it_uses_no_symbol_outside_the_stable_abi():
+    undefined = run("nm", "-D", "-C", "--undefined-only", extension.__file__).splitlines()
+    symbols = [line.split("U ", 1)[1] for line in undefined if "U " in line]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    assert [
+        symbol for symbol in symbols if re.match(r"(typeinfo for |vtable for )?(c10|at|torch|caffe2)::", symbol)
+    ] == []
+
+
+@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="cuobjdump (CUDA toolkit) is not on PATH")
+def test_no_kernel_spills_registers_or_uses_local_memory():
+    usage = run("cuobjdump", "--dump-resource-usage", extension.__file__)
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found
+    assert {(stack, local) for _, stack, local in found} == {("0", "0")}
