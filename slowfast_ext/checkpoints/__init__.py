@@ -1,5 +1,7 @@
 """Checkpoints of SlowFast networks, whoever wrote them."""
 
+from .convert import convert
 from .create import create_model
+from .load import LoadReport, Mismatch, load_checkpoint
 
-__all__ = ["create_model"]
+__all__ = ["LoadReport", "Mismatch", "convert", "create_model", "load_checkpoint"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
-from ..models import SlowFastRecognizer, build_model
+from torch import nn
+
+from ..models import build_model
+from .load import load_checkpoint
 
 
 def create_model(
     name: str | os.PathLike, *, num_classes: int | None = None, checkpoint: str | os.PathLike | None = None
-) -> SlowFastRecognizer:
+) -> nn.Module:
     """A SlowFast network of the zoo, in training mode.
 
     Args:
@@ -17,15 +20,12 @@ def create_model(
             (``configs/recognition/slowfast/<name>.py``).
         num_classes: width of the classifier; the zoo's own by default.
         checkpoint: weights to load into it, of any kind that :func:`load_checkpoint` knows; ``.load_report`` of the
-            result then says what fitted. A classifier of another width keeps its initialisation.
+            result then says what fitted. If ``num_classes`` differs from the file's, the classifier keeps its
+            initial values.
 
     Raises:
         ValueError: unknown name, or a file that is no SlowFast checkpoint.
         FileNotFoundError: no such checkpoint.
     """
     model = build_model(name, num_classes)
-    if checkpoint is None:
-        return model
-    from .load import load_checkpoint
-
-    return load_checkpoint(checkpoint, model)
+    return model if checkpoint is None else load_checkpoint(checkpoint, model, num_classes=num_classes)

@@ -1,0 +1,34 @@
+"""``slowfast-ext convert IN OUT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..checkpoints import convert
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Add the command to ``subparsers`` (of :meth:`argparse.ArgumentParser.add_subparsers`)."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="rewrite a SlowFast checkpoint with mmaction2's names",
+        description="Rewrite a checkpoint of mmaction2, PySlowFast (.pyth, .pkl) or pytorchvideo with mmaction2's names "
+        "and, beside the weights, everything that is needed to rebuild the network.",
+    )
+    parser.add_argument("source", metavar="IN", help="checkpoint; its kind is told by its content")
+    parser.add_argument("destination", metavar="OUT", help="file to write, .pth or .safetensors")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what was loaded; 1 and the reason on standard error if that is impossible."""
+    try:
+        report = convert(args.source, args.destination)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(report)
+    print(f"written: {args.destination}")
+    return 0
