@@ -1,0 +1,99 @@
+"""Timing of several callables side by side, and the statistics of the samples."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+FEWEST_ROUNDS = 5  # a percentile of fewer samples says nothing
+MOST_ROUNDS = 2000  # where a round takes microseconds, the time budget would fill the memory with samples
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median, 10th and 90th percentile (linear interpolation between samples), in the unit of the samples."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Summary:
+        if not samples:
+            raise ValueError("Summary.of: samples must not be empty, got []")
+        p10, median, p90 = numpy.percentile(samples, (10, 50, 90))
+        return cls(float(median), float(p10), float(p90))
+
+
+def time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call on an idle device: CUDA events where there are any, else the host's clock."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def shuffled_rounds(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int | None,
+    seconds: float,
+    seed: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Time every callable once a round, each round in another random order, so that drift of the machine (clocks, heat,
+    other users) and the state of its caches fall on all of them alike.
+
+    Args:
+        calls: callables by name, already warm.
+        rounds: this many rounds; None for as many as begin within ``seconds`` (at least FEWEST_ROUNDS, at most
+            MOST_ROUNDS).
+
+    Yields:
+        milliseconds by name, once a round.
+    """
+    order, shuffle = list(calls), random.Random(seed).shuffle
+    deadline = time.perf_counter() + seconds
+    for done in range(MOST_ROUNDS if rounds is None else rounds):
+        if rounds is None and done >= FEWEST_ROUNDS and time.perf_counter() > deadline:
+            return
+        shuffle(order)
+        yield {name: time_once(calls[name], device) for name in order}
+
+
+def peak_growth(call: Callable[[], object]) -> int | None:
+    """Bytes by which the resident memory of this process rises above its present value during one call.
+
+    The kernel's own high-water mark, reset before the call (Linux, ``/proc/self/clear_refs``); None elsewhere.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the allocator keeps would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _process_memory("VmRSS")
+        call()
+        return max(0, _process_memory("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _process_memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,0 +1,216 @@
+"""The ways to run one network that are compared, and how each is prepared and checked."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from timing import peak_growth
+from torch import Tensor, nn
+
+import slowfast_ext
+
+# Largest ||output - reference|| / ||reference|| of the logits, the reference being eager float32 without TF32. Ten to a
+# hundred units of rounding: a rounding a layer, some fifty layers in a row, adding up at random.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = 1e-2
+WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the network.
+
+    Args:
+        description: for the report.
+        memory_format: of the weights and of the clip.
+        autocast: float32 weights under autocast, in place of weights in the asked-for type.
+        compile: arguments of ``torch.compile``; None for eager.
+        freezing: with inductor's constant folding of batch norm into the convolutions.
+        ours: through ``slowfast_ext.accelerate``.
+        default_on: types of devices on which it runs unless ``--variants`` says otherwise.
+    """
+
+    description: str
+    memory_format: torch.memory_format = torch.channels_last_3d
+    autocast: bool = False
+    compile: dict | None = None
+    freezing: bool = False
+    ours: bool = False
+    default_on: tuple[str, ...] = ("cpu", "cuda")
+
+
+VARIANTS = {
+    "eager": Variant("plain modules, contiguous", torch.contiguous_format),
+    "eager_channels_last": Variant("plain modules, channels_last_3d"),
+    "autocast_channels_last": Variant("plain modules, float32 weights, autocast, channels_last_3d", autocast=True),
+    # Without freezing, inductor is slower on every machine seen; on a CPU it would double the time of the whole run.
+    "compile": Variant("torch.compile, channels_last_3d", compile={}, default_on=("cuda",)),
+    "compile_freezing": Variant("torch.compile, freezing, channels_last_3d", compile={}, freezing=True),
+    "compile_cuda_graph": Variant(
+        "torch.compile(mode='reduce-overhead'), freezing, channels_last_3d",
+        compile={"mode": "reduce-overhead"},
+        freezing=True,
+        default_on=("cuda",),
+    ),
+    "compile_max_autotune": Variant(
+        "torch.compile(mode='max-autotune'), freezing, channels_last_3d",
+        compile={"mode": "max-autotune"},
+        freezing=True,
+        default_on=(),
+    ),
+    "accelerate": Variant("slowfast_ext.accelerate, channels_last_3d", ours=True),
+}
+
+
+@dataclass
+class Outcome:
+    """What became of a variant.
+
+    Attributes:
+        status: "ready", then "timed"; "wrong" where the output is off by more than ``tolerance``; "failed" where it
+            could not run.
+        reason: why it is "wrong" or "failed".
+        error: ``||output - reference|| / ||reference||``.
+        prepare_seconds: from the plain network to the first output: conversion, compilation, folding.
+        peak_memory: bytes, see :func:`prepare`.
+        blocks: for ours, what ``explain`` says: number of blocks by what their last forward did.
+        call: runs it once; None unless it is "ready" or "timed".
+        samples: milliseconds of a call.
+    """
+
+    status: str = "failed"
+    reason: str | None = None
+    error: float | None = None
+    prepare_seconds: float | None = None
+    peak_memory: int | None = None
+    blocks: dict[str, int] | None = None
+    call: Callable[[], Tensor] | None = None
+    samples: list[float] = field(default_factory=list)
+
+
+def create_network(name: str, seed: int = 0) -> nn.Module:
+    """A zoo network in evaluation mode whose every layer matters to the output.
+
+    Freshly made networks end each residual branch with a zero, which would hide wrong branches. Here batch norms
+    have random weights and biases, and the statistics of one batch of noise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = slowfast_ext.create_model(name)
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.0)
+            nn.init.normal_(norm.bias, std=0.1)
+            norm.momentum = 1.0
+        with torch.no_grad():
+            model.train()(torch.randn(1, 3, model.config.clip_len, 64, 64))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model.eval().requires_grad_(False)
+
+
+def reference_output(model: nn.Module, clip: Tensor, device: torch.device) -> Tensor:
+    """Logits of eager float32 without TF32, on ``device``."""
+    model = copy.deepcopy(model).to(device)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        return model(clip.to(device)).float()
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return TF32_TOLERANCE
+    return TOLERANCE[dtype]
+
+
+def prepare(
+    variant: Variant, model: nn.Module, clip: Tensor, reference: Tensor, dtype: torch.dtype, device: torch.device
+) -> Outcome:
+    """Build a variant, compare its output with the reference, warm it up and measure its memory.
+
+    Peak memory on a CUDA device is all that the variant makes torch allocate: weights, clip, workspaces, activations.
+    On a CPU it is the growth of the process's resident memory during one warm call, hence without weights.
+
+    Args:
+        model: plain, float32, on the CPU; not changed.
+        clip (Tensor[N, 3, T, H, W]): float32, on the CPU.
+        reference (Tensor[N, classes]): what it should give.
+    """
+    outcome = Outcome()
+    on_cuda = device.type == "cuda"
+    held = torch.cuda.memory_allocated(device) if on_cuda else 0
+    start = time.perf_counter()
+    try:
+        twin, call = _build(variant, model, clip, dtype, device)
+        with inductor_freezing(variant.freezing):
+            output = call().float()
+        outcome.prepare_seconds = time.perf_counter() - start
+        outcome.error = float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
+        limit = tolerance(dtype, device)
+        if not outcome.error <= limit:  # NaN is wrong
+            outcome.status = "wrong"
+            outcome.reason = f"relative error {outcome.error:.1e} against eager float32, allowed {limit:.0e}"
+            return outcome
+        for _ in range(WARM_UP_CALLS if on_cuda else 1):
+            call()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            call()
+            outcome.peak_memory = torch.cuda.max_memory_allocated(device) - held
+        else:
+            outcome.peak_memory = peak_growth(call)
+        if variant.ours:
+            outcome.blocks = _blocks(twin)
+    except Exception as error:  # compilers and kernels fail in many ways; the other variants go on
+        outcome.reason = _first_lines(error)
+        return outcome
+    outcome.status, outcome.call = "ready", call
+    return outcome
+
+
+def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype, device: torch.device):
+    weights = torch.float32 if variant.autocast else dtype
+    twin = copy.deepcopy(model).to(device, weights, memory_format=variant.memory_format)
+    # Inference tensors are refused by parts of torch.compile; the clip is made outside inference_mode.
+    clip = clip.to(device, weights).contiguous(memory_format=variant.memory_format)
+    forward = twin
+    if variant.ours:
+        forward = twin = slowfast_ext.accelerate(twin)
+    if variant.compile is not None:
+        forward = torch.compile(twin, dynamic=False, **variant.compile)
+
+    def call() -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=variant.autocast):
+            return forward(clip)
+
+    return twin, call
+
+
+@contextmanager
+def inductor_freezing(enabled: bool):
+    """Freezing while compiling. The option of ``torch.compile`` has no effect, only inductor's global switch has."""
+    if not enabled:
+        yield
+        return
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(freezing=True):
+        yield
+
+
+def _blocks(model: nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in slowfast_ext.explain(model).rows:
+        counts[row.outcome] = counts.get(row.outcome, 0) + 1
+    return counts
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:300]
