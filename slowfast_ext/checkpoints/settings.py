@@ -149,10 +149,9 @@ def _literal(node: ast.expr, names: dict[str, Any]) -> Any:
             return [_literal(item, names) for item in node.elts]
         case ast.Tuple():
             return tuple(_literal(item, names) for item in node.elts)
-        case ast.Dict():
-            pairs = [
-                (key and _literal(key, names), _literal(value, names)) for key, value in zip(node.keys, node.values)
-            ]
+        case ast.Dict(keys=keys, values=values):
+            keys = [key and _literal(key, names) for key in keys]
+            pairs = zip(keys, [_literal(value, names) for value in values], strict=True)
         case ast.Call(func=ast.Name(id="dict"), args=[]):
             pairs = [(keyword.arg, _literal(keyword.value, names)) for keyword in node.keywords]
         case _:

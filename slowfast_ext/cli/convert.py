@@ -13,8 +13,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "convert",
         help="rewrite a SlowFast checkpoint with mmaction2's names",
-        description="Rewrite a checkpoint of mmaction2, PySlowFast (.pyth, .pkl) or pytorchvideo with mmaction2's names "
-        "and, beside the weights, everything that is needed to rebuild the network.",
+        description="Rewrite a checkpoint of mmaction2, PySlowFast (.pyth, .pkl) or pytorchvideo to mmaction2's names. "
+        "What is needed to rebuild the network is stored beside the weights.",
     )
     parser.add_argument("source", metavar="IN", help="checkpoint; its kind is told by its content")
     parser.add_argument("destination", metavar="OUT", help="file to write, .pth or .safetensors")
