@@ -2,7 +2,19 @@
 
 from . import models, nn, ops
 from ._library import unavailable_reason
+from .accelerate import accelerate, explain, restore
 from .checkpoints import create_model, load_checkpoint
 from .models import list_models
 
-__all__ = ["create_model", "list_models", "load_checkpoint", "models", "nn", "ops", "unavailable_reason"]
+__all__ = [
+    "accelerate",
+    "create_model",
+    "explain",
+    "list_models",
+    "load_checkpoint",
+    "models",
+    "nn",
+    "ops",
+    "restore",
+    "unavailable_reason",
+]

@@ -1,0 +1,209 @@
+"""Replace the blocks of a model by fused twins, say what was replaced and what was not, and undo it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ._library import unavailable_reason
+from .models.resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral
+from .nn import FusedBasicBlock3d, FusedBlock, FusedBottleneck3d, FusedConvBNReLU3d, FusedLateral
+from .nn.block import TWINS
+
+TWINS.update(
+    {
+        BasicBlock3d: FusedBasicBlock3d,
+        Bottleneck3d: FusedBottleneck3d,
+        ConvBNReLU3d: FusedConvBNReLU3d,
+        Lateral: FusedLateral,
+    }
+)
+
+
+NOT_ACCELERATED = "not accelerated: where left it out, or accelerate() was not called"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A block that has been fused or could be.
+
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        block: class of the plain block.
+        twin: class of the twin in its place, None where the block was kept.
+        reason: why the block was kept, or why the twin's last forward was the plain block's; None if neither.
+        served_by: what runs the operators on the twin's device, "CUDA kernels" or "PyTorch: <reason>"; None if kept.
+        called: whether the twin has run; forwards under torch.compile are not counted.
+    """
+
+    name: str
+    block: str
+    twin: str | None = None
+    reason: str | None = None
+    served_by: str | None = None
+    called: bool = False
+
+    @property
+    def outcome(self) -> str:
+        if self.twin is None:
+            return f"kept: {self.reason}"
+        if self.reason is not None:
+            return f"{self.twin}, last forward plain: {self.reason}"
+        return self.twin if self.called else f"{self.twin}, no forward yet"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` found; ``str()`` of it is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.twin is None)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"no candidates: {_NO_CANDIDATE}"
+        table = [(row.name or "(the model)", row.block, row.outcome) for row in self.rows]
+        width_name, width_block = (max(len(line[column]) for line in table) for column in (0, 1))
+        lines = [f"{name:<{width_name}}  {block:<{width_block}}  {outcome}" for name, block, outcome in table]
+        lines.append(f"{len(self.rows) - len(self.kept)} of {len(self.rows)} candidates fused")
+        lines += [f"operators run in {served_by}" for served_by in {row.served_by: 0 for row in self.rows} if served_by]
+        return "\n".join(lines)
+
+
+_NO_CANDIDATE = f"the model has no block that can be fused, which are {', '.join(block.__name__ for block in TWINS)}"
+
+
+def accelerate(
+    model: nn.Module,
+    mode: str = "inference",
+    where: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Replace the blocks of ``model`` by fused twins, in place.
+
+    A twin has the block's children under their names, so that state-dict keys, optimisers and checkpoints are not
+    concerned. In evaluation mode without gradients of parameters it computes the block's result with the batch norms
+    folded; otherwise it runs the block's own forward. The outermost block that can be fused is replaced; inside one
+    that is kept the search goes on. Accelerating again changes nothing that is fused.
+
+    Args:
+        model: any module that contains blocks of :mod:`slowfast_ext.models`.
+        mode: "inference"; "training" is refused: there is no fused operator for the statistics of a batch.
+        where: called with name and module of each candidate that could be fused; where false, it is kept.
+        strict: raise, before anything is replaced, if a candidate cannot be fused or there is none. Candidates that
+            ``where`` leaves out do not count.
+
+    Returns:
+        ``model``, or its twin if it is itself a block.
+
+    Raises:
+        RuntimeError: under ``strict``, with all reasons.
+
+    Without ``strict`` the same occasions give one warning a call, with the most common reason.
+    """
+    _check_module("accelerate", model)
+    if mode != "inference":
+        hint = ": training runs on the plain blocks, accelerated or not" if mode == "training" else ""
+        raise ValueError(f"accelerate: mode must be 'inference', got {mode!r}{hint}")
+    if where is not None and not callable(where):
+        raise TypeError(f"accelerate: where must be a function of name and module, got {type(where).__name__}")
+    candidates = list(_find(model, where or (lambda name, module: True)))
+    kept = [(name, reason) for name, _, reason in candidates if reason not in (None, NOT_ACCELERATED)]
+    if strict and (kept or not candidates):
+        reasons = (
+            "".join(f"\n  {name or '(the model)'}: {reason}" for name, reason in kept) or f" none: {_NO_CANDIDATE}"
+        )
+        count = f" {len(kept)} that cannot:" if kept else ""
+        raise RuntimeError(f"accelerate: with strict every candidate must be fused, got{count}{reasons}")
+    if kept:
+        reason, times = Counter(reason for _, reason in kept).most_common(1)[0]
+        warnings.warn(
+            f"accelerate: {len(kept)} of {len(candidates)} candidates are kept, most often ({times}) because {reason}; "
+            "explain(model) has all reasons",
+            stacklevel=2,
+        )
+    elif not candidates:
+        warnings.warn(f"accelerate: {_NO_CANDIDATE}", stacklevel=2)
+    return _swap(
+        model,
+        {
+            module: TWINS[type(module)](module)
+            for _, module, reason in candidates
+            if reason is None and not isinstance(module, FusedBlock)
+        },
+    )
+
+
+def explain(model: nn.Module) -> Report:
+    """What is fused in ``model`` and what is not, and why: one row for each candidate, ``print()`` shows them."""
+    _check_module("explain", model)
+    rows, left_out = [], None
+    for name, module, reason in _find(model, lambda name, module: False):
+        if isinstance(module, FusedBlock):
+            rows.append(_fused_row(name, module))
+            continue
+        if reason == NOT_ACCELERATED:
+            if left_out is not None and name.startswith(left_out):
+                continue  # the block around it has its row
+            left_out = f"{name}." if name else ""
+        rows.append(Row(name, type(module).__name__, reason=reason))
+    return Report(tuple(rows))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: put the very blocks back, with all that has been done to the twins since.
+
+    Returns:
+        ``model``, or the plain block if it is itself a twin.
+    """
+    _check_module("restore", model)
+    return _swap(model, {module: module.restored() for module in model.modules() if isinstance(module, FusedBlock)})
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _find(
+    module: nn.Module, where: Callable[[str, nn.Module], bool], name: str = ""
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Name, module and reason against it, of twins (none) and candidates, depth first; a shared module once a place."""
+    reason = None
+    twin = next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
+    if twin is not None:
+        reason = twin.reason_against(module)
+        if reason is None and not where(name, module):
+            reason = NOT_ACCELERATED
+        yield name, module, reason
+    elif isinstance(module, FusedBlock):
+        yield name, module, None
+    if reason is None and (twin is not None or isinstance(module, FusedBlock)):
+        return
+    for key, child in module.named_children():
+        yield from _find(child, where, f"{name}.{key}" if name else key)
+
+
+def _fused_row(name: str, twin: FusedBlock) -> Row:
+    device = next(twin.parameters()).device
+    unavailable = unavailable_reason(device)
+    served_by = "CUDA kernels" if unavailable is None else f"PyTorch: {unavailable}"
+    last = twin.last_forward
+    reason = None if last in (None, "fused") else last
+    return Row(name, type(twin.plain).__name__, type(twin).__name__, reason, served_by, last is not None)
+
+
+def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put each value in the place of its key, wherever it is a child, in the same position."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[key] = replacements[child]
+    return replacements.get(model, model)
