@@ -41,8 +41,6 @@ int64_t pixel_pitch(const Tensor& tensor) {
 
 Tensor channels_last(const Tensor& tensor) { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast3d); }
 
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 Sizes output_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding) {
   STD_TORCH_CHECK(x.dim() == 5, "conv3d_bn_relu: x must be (N, C, T, H, W), got ", shape_of(x));
   STD_TORCH_CHECK(weight.dim() == 5 && weight.size(1) == x.size(1) && weight.size(0) > 0 && weight.size(1) > 0,
@@ -80,18 +78,18 @@ int checked_int(int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
-void launch(const Conv3dParameters& p, ScalarType dtype, bool allow_tf32, bool vector, const Tensor& x) {
+void launch(const Conv3dParameters& p, ScalarType dtype, bool allow_tf32, const Tensor& x) {
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
   const cudaStream_t stream = current_stream(x);
   if (dtype == ScalarType::BFloat16) {
-    launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, vector, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, TileShape::kAuto, multiprocessors, stream);
   } else if (dtype == ScalarType::Half) {
-    launch_conv3d_bn_relu<HalfMath<float16>>(p, vector, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<HalfMath<float16>>(p, TileShape::kAuto, multiprocessors, stream);
   } else if (allow_tf32) {
-    launch_conv3d_bn_relu<Tf32Math>(p, vector, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<Tf32Math>(p, TileShape::kAuto, multiprocessors, stream);
   } else {
-    launch_conv3d_bn_relu<SplitTf32Math>(p, vector, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<SplitTf32Math>(p, TileShape::kAuto, multiprocessors, stream);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -124,8 +122,8 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
 
   // Named, so that they outlive the launch. Any strides do for x, but channels far apart are gathered slowly: copy
   // once unless there are only few, as in a stem.
-  const int64_t element = dtype == ScalarType::Float ? 4 : 2, chunk = 16 / element;
-  const Tensor x = x_.stride(1) != 1 && x_.size(1) >= chunk ? channels_last(x_) : x_;
+  const int element = dtype == ScalarType::Float ? 4 : 2;
+  const Tensor x = x_.stride(1) != 1 && x_.size(1) * element >= 16 ? channels_last(x_) : x_;
   const Tensor weight = channels_last(weight_);
   const Tensor bias = bias_ ? torch::stable::contiguous(*bias_) : weight;
   const Tensor residual = !residual_ ? weight : pixel_pitch(*residual_) > 0 ? *residual_ : channels_last(*residual_);
@@ -163,14 +161,8 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
   p.pixels = checked_int(shape[0] * shape[2] * shape[3] * shape[4], "the number of output pixels");
   p.reduction = checked_int(weight.size(1) * weight.size(2) * weight.size(3) * weight.size(4), "the size of a filter");
   p.relu = relu;
-  p.paired =
-      y_pitch % 2 == 0 && aligned(p.y, 2 * element) && p.residual_pitch % 2 == 0 && aligned(p.residual, 2 * element);
-
-  bool vector = p.in_channels % chunk == 0 && p.x_stride_c == 1 && aligned(p.x, 16) && aligned(p.weight, 16);
-  for (const int64_t distance : {p.x_stride_n, p.x_stride_t, p.x_stride_h, p.x_stride_w}) {
-    vector = vector && distance % chunk == 0;
-  }
-  launch(p, dtype, allow_tf32, vector, x);
+  p.paired = stores_in_pairs(p, element);
+  launch(p, dtype, allow_tf32, x);
 }
 
 Tensor conv3d_bn_relu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

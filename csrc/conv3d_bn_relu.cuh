@@ -33,6 +33,21 @@ struct Conv3dParameters {
   bool paired;  // y and residual can be accessed two channels at a time
 };
 
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Whether 16 bytes of x are always 16 aligned bytes of one pixel, and those of weight of one tap.
+inline bool copies_in_chunks(const Conv3dParameters& p, int element_bytes) {
+  const int chunk = 16 / element_bytes;
+  return p.x_stride_c == 1 && p.in_channels % chunk == 0 && is_aligned(p.x, 16) && is_aligned(p.weight, 16) &&
+         p.x_stride_n % chunk == 0 && p.x_stride_t % chunk == 0 && p.x_stride_h % chunk == 0 &&
+         p.x_stride_w % chunk == 0;
+}
+
+inline bool stores_in_pairs(const Conv3dParameters& p, int element_bytes) {
+  return p.y_pitch % 2 == 0 && is_aligned(p.y, 2 * element_bytes) && p.residual_pitch % 2 == 0 &&
+         is_aligned(p.residual, 2 * element_bytes);
+}
+
 // How a 16 x 8 fragment grows by a 32-byte wide slice of the reduction.
 template <typename Element_>
 struct HalfMath {
@@ -353,14 +368,13 @@ void launch_conv3d_bn_relu_tile(const Conv3dParameters& p, cudaStream_t stream) 
   launch_kernel(conv3d_bn_relu_kernel<Math, Tile, kVector>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, p);
 }
 
-// `vector`: x is channels-last, in_channels a multiple of 16 bytes, x, its strides and weight aligned to 16 bytes.
 template <typename Math>
-void launch_conv3d_bn_relu(const Conv3dParameters& p, bool vector, TileShape tile, int multiprocessors,
-                           cudaStream_t stream) {
+void launch_conv3d_bn_relu(const Conv3dParameters& p, TileShape tile, int multiprocessors, cudaStream_t stream) {
   using Large = Tile<128, 128, 2, 4, 3>;
   using Medium = Tile<64, 64, 2, 2, 4>;
   using Narrow = Tile<128, 32, 4, 1, 4>;
   using Thin = Tile<128, 16, 4, 1, 4>;
+  const bool vector = copies_in_chunks(p, sizeof(typename Math::Element));
   if (tile == TileShape::kAuto) tile = choose_tile(p, vector, multiprocessors);
   if (!vector) {
     if (tile == TileShape::k128x16) return launch_conv3d_bn_relu_tile<Math, Thin, false>(p, stream);
