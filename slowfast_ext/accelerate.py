@@ -96,9 +96,9 @@ def accelerate(
     Args:
         model: any module that contains blocks of :mod:`slowfast_ext.models`.
         mode: "inference"; "training" is refused: there is no fused operator for the statistics of a batch.
-        where: called with name and module of each candidate that could be fused; where false, it is kept.
-        strict: raise, before anything is replaced, if a candidate cannot be fused or there is none. Candidates that
-            ``where`` leaves out do not count.
+        where: called with name and module of each candidate; where it returns false, the candidate is kept.
+        strict: raise, before anything is replaced, if a candidate that ``where`` admits cannot be fused, or if there
+            is no candidate at all.
 
     Returns:
         ``model``, or its twin if it is itself a block.
@@ -115,7 +115,7 @@ def accelerate(
     if where is not None and not callable(where):
         raise TypeError(f"accelerate: where must be a function of name and module, got {type(where).__name__}")
     candidates = list(_find(model, where or (lambda name, module: True)))
-    kept = [(name, reason) for name, _, reason in candidates if reason not in (None, NOT_ACCELERATED)]
+    kept = [(name, reason) for name, _, reason, wanted in candidates if wanted and reason is not None]
     if strict and (kept or not candidates):
         reasons = (
             "".join(f"\n  {name or '(the model)'}: {reason}" for name, reason in kept) or f" none: {_NO_CANDIDATE}"
@@ -131,29 +131,26 @@ def accelerate(
         )
     elif not candidates:
         warnings.warn(f"accelerate: {_NO_CANDIDATE}", stacklevel=2)
-    return _swap(
-        model,
-        {
-            module: TWINS[type(module)](module)
-            for _, module, reason in candidates
-            if reason is None and not isinstance(module, FusedBlock)
-        },
-    )
+    plain = [
+        module
+        for _, module, reason, wanted in candidates
+        if wanted and reason is None and not isinstance(module, FusedBlock)
+    ]
+    return _swap(model, {module: TWINS[type(module)](module) for module in plain})
 
 
 def explain(model: nn.Module) -> Report:
     """What is fused in ``model`` and what is not, and why: one row for each candidate, ``print()`` shows them."""
     _check_module("explain", model)
     rows, left_out = [], None
-    for name, module, reason in _find(model, lambda name, module: False):
+    for name, module, reason, _ in _find(model, lambda name, module: False):
         if isinstance(module, FusedBlock):
             rows.append(_fused_row(name, module))
-            continue
-        if reason == NOT_ACCELERATED:
-            if left_out is not None and name.startswith(left_out):
-                continue  # the block around it has its row
+        elif reason is not None:
+            rows.append(Row(name, type(module).__name__, reason=reason))
+        elif left_out is None or not name.startswith(left_out):  # else the block around it has the row
             left_out = f"{name}." if name else ""
-        rows.append(Row(name, type(module).__name__, reason=reason))
+            rows.append(Row(name, type(module).__name__, reason=NOT_ACCELERATED))
     return Report(tuple(rows))
 
 
@@ -174,19 +171,20 @@ def _check_module(function: str, model: object) -> None:
 
 def _find(
     module: nn.Module, where: Callable[[str, nn.Module], bool], name: str = ""
-) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """Name, module and reason against it, of twins (none) and candidates, depth first; a shared module once a place."""
-    reason = None
+) -> Iterator[tuple[str, nn.Module, str | None, bool]]:
+    """Twins and candidates, depth first: name, module, the reason against fusing it, and whether that is wanted.
+
+    Does not look into what is fused or will be.
+    """
+    if isinstance(module, FusedBlock):
+        yield name, module, None, True
+        return
     twin = next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
     if twin is not None:
-        reason = twin.reason_against(module)
-        if reason is None and not where(name, module):
-            reason = NOT_ACCELERATED
-        yield name, module, reason
-    elif isinstance(module, FusedBlock):
-        yield name, module, None
-    if reason is None and (twin is not None or isinstance(module, FusedBlock)):
-        return
+        reason, wanted = twin.reason_against(module), bool(where(name, module))
+        yield name, module, reason, wanted
+        if wanted and reason is None:
+            return
     for key, child in module.named_children():
         yield from _find(child, where, f"{name}.{key}" if name else key)
 
