@@ -21,8 +21,14 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _float32_products(monkeypatch):
+    """Torch allows TF32 in convolutions by default, and tolerances are derived for float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """conv3d_bn_relu against plain PyTorch in float64: values, gradients, layouts, registrations, messages."""
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -85,7 +86,10 @@ def call(x, weight, bias, residual, case, relu=True, out=None):
 
 
 def assert_like(actual, reference, case):
-    assert_close(actual.double(), reference, **tolerance(actual.dtype, case.terms))
+    # Inputs have unit deviation, so the sum of the terms, bias and residual has the square root of their number. The
+    # reference operator rounds twice to a 16-bit dtype, the kernels once.
+    scale = math.sqrt(case.terms + 2)
+    assert_close(actual.double(), reference, **tolerance(actual.dtype, case.terms, roundings=2, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -177,7 +181,7 @@ def test_gradients_equal_autograd_of_plain_pytorch_in_float64(case, relu, device
     actual = torch.autograd.grad(y, inputs, grad.float())
     for gradient, gradient_of_reference in zip(actual, torch.autograd.grad(reference, inputs, grad), strict=True):
         terms = max(case.terms, y[:, 0].numel(), case.out_channels * case.terms // case.x[1])
-        assert_close(gradient, gradient_of_reference, **tolerance(torch.float32, terms))
+        assert_close(gradient, gradient_of_reference.float(), **tolerance(torch.float32, terms, scale=math.sqrt(terms)))
 
 
 def test_gradients_are_differentiable_again():
