@@ -17,7 +17,9 @@ UNIT_ROUNDOFF = {
 DEVIATIONS = 8
 
 
-def tolerance(dtype: torch.dtype | str, terms: int, *, roundings: int = 1, scale: float = 1.0) -> dict[str, float]:
+def tolerance(
+    dtype: torch.dtype | str, terms: int, *, roundings: int = 1, scale: float | None = None
+) -> dict[str, float]:
     """``rtol`` and ``atol`` for sums of ``terms`` products, for :func:`torch.testing.assert_close`.
 
     Three sources, for results of standard deviation ``scale``, with u the roundoff of ``dtype`` and v that of the
@@ -28,16 +30,17 @@ def tolerance(dtype: torch.dtype | str, terms: int, *, roundings: int = 1, scale
       ``v * scale * sqrt(n / 2)``.
     - Factors. Each product of factors that were rounded differently (folded weights, TF32) is off by u relative; the n
       products have deviation ``scale / sqrt(n)``, hence their sum ``u * scale``, once for each of ``roundings`` - 1.
-    - Stored values. Every tensor written in ``dtype`` is off by u relative: the result (``rtol``), and each intermediate
-      that enters it, as above.
+    - Stored values. Every tensor written in ``dtype`` is off by u relative: the result (``rtol``), and each
+      intermediate that enters it, as above.
 
     Args:
         dtype: of the computation, "tf32" for float32 with TF32 products.
         terms: products in one output: kernel elements times input channels, summed over the layers passed.
         roundings: how often either computation rounds to ``dtype``: 1 for one convolution of given operands; each
             further rounding of a weight or an intermediate tensor counts.
-        scale: standard deviation of the result.
+        scale: standard deviation of the result; by default ``sqrt(terms)``, that of factors of deviation 1.
     """
+    scale = math.sqrt(terms) if scale is None else scale
     u = UNIT_ROUNDOFF[dtype]
     v = u if dtype == torch.float64 else UNIT_ROUNDOFF[torch.float32]
     stored = UNIT_ROUNDOFF[torch.float32] if dtype == "tf32" else u
