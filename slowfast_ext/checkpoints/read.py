@@ -208,6 +208,13 @@ class _Array:
         self.tensor = _as_tensor(*state[-4:])
 
 
+def _array_from_buffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    """How arrays are written since pickle protocol 5."""
+    array = _Array()
+    array.tensor = _as_tensor(shape, dtype, order == "F", data)
+    return array
+
+
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest) -> Tensor:
     """``storage`` is flat; ``as_strided`` refuses to look outside of it."""
     return storage.as_strided(size, stride, offset)
@@ -234,7 +241,10 @@ _ALLOWED = {
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "numpy.core.multiarray._reconstruct": lambda *rest: _Array(),
     "numpy._core.multiarray._reconstruct": lambda *rest: _Array(),
+    "numpy.core.numeric._frombuffer": _array_from_buffer,
+    "numpy._core.numeric._frombuffer": _array_from_buffer,
     "numpy.dtype": _Dtype,
+    "__builtin__.bytes": lambda *rest: b"",  # how protocol 2 writes empty bytes
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),
 }
 

@@ -1,4 +1,4 @@
-"""The networks are the published ones: parameters, state-dict entries, operations and shapes, counted without computing."""
+"""The networks are the published ones: parameters, state-dict entries, operations and shapes, on the meta device."""
 
 import dataclasses
 from collections import Counter

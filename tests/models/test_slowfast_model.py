@@ -201,7 +201,7 @@ def test_smallest_clip_and_empty_batch_work(model):
 
 
 def test_window_larger_than_the_map_is_named():
-    model = build_model(small_config(18, 18, head_pooling="sliding"))
+    model = build_model(small_config(18, 18, head_pooling="sliding")).eval()
     with pytest.raises(ValueError, match=r"sliding window \(7, 7\), got \(1, 1\)"):
         model(torch.zeros(1, 3, 4, 32, 32))
 

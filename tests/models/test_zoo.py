@@ -62,9 +62,7 @@ def test_configuration_paths_are_names_and_the_zoos_misspelling_is_understood(na
 
 
 def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(
-        ValueError, match="'slowfast_r50_8x8x1'; did you mean .*slowfast_r50_8x8x1_256e_kinetics400_rgb"
-    ):
+    with pytest.raises(ValueError, match=r"'slowfast_r50_8x8x1'; did you mean .*slowfast_r50_8x8x1_256e"):
         slowfast_ext.create_model("slowfast_r50_8x8x1")
     with pytest.raises(ValueError, match=r"got 'xyz'; see list_models\(\)"):
         slowfast_ext.create_model("xyz")
