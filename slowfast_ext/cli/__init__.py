@@ -1,0 +1,36 @@
+"""The command line: ``slowfast-ext COMMAND``, or ``python -m slowfast_ext COMMAND``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import convert, predict, zoo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 if a part of the work failed; 2 if an argument or a file it names is wrong (one line on
+        stderr says how); 130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="slowfast-ext", description="SlowFast video recognition.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (predict, convert, zoo):
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of the output has left, as `head` does. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"slowfast-ext {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"slowfast-ext {args.command}: interrupted", file=sys.stderr)
+        return 130
