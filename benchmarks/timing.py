@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 
-FEWEST_ROUNDS = 5  # a percentile of fewer samples says nothing
+FEWEST_ROUNDS = 3  # also where the time budget is spent: a median of fewer samples is none
 MOST_ROUNDS = 2000  # where a round takes microseconds, the time budget would fill the memory with samples
 
 

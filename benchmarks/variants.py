@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from timing import peak_growth
 from torch import Tensor, nn
 
 import slowfast_ext
+from slowfast_ext.models import BasicBlock3d, Bottleneck3d
 
-# Largest ||output - reference|| / ||reference|| of the logits, the reference being eager float32 without TF32. Ten to a
-# hundred units of rounding: a rounding a layer, some fifty layers in a row, adding up at random.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-TF32_TOLERANCE = 1e-2
+# Largest ||output - reference|| / ||reference|| of the logits, the reference being eager float32 without TF32. Rounding
+# gives 3e-6, 3e-2 and 3e-3 in R50 (eager and fused alike), a missing residual branch 6e-2 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = TOLERANCE[torch.float16]  # its mantissa is as long
 WARM_UP_CALLS = 3
 
 
@@ -78,7 +80,7 @@ class Outcome:
         error: ``||output - reference|| / ||reference||``.
         prepare_seconds: from the plain network to the first output: conversion, compilation, folding.
         peak_memory: bytes, see :func:`prepare`.
-        blocks: for ours, what ``explain`` says: number of blocks by what their last forward did.
+        blocks: for ours, what ``explain`` says: the number of blocks by how they ran.
         call: runs it once; None unless it is "ready" or "timed".
         samples: milliseconds of a call.
     """
@@ -96,8 +98,9 @@ class Outcome:
 def create_network(name: str, seed: int = 0) -> nn.Module:
     """A zoo network in evaluation mode whose every layer matters to the output.
 
-    Freshly made networks end each residual branch with a zero, which would hide wrong branches. Here batch norms
-    have random weights and biases, and the statistics of one batch of noise.
+    Freshly made networks end each residual branch with a zero, which would hide wrong branches. Here batch norms have
+    random weights and biases, and the statistics of one batch of noise. The weights that end a branch are small, as
+    in trained networks: with larger ones the network would amplify rounding by a factor of ten, with these by two.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -108,6 +111,9 @@ def create_network(name: str, seed: int = 0) -> nn.Module:
             nn.init.uniform_(norm.weight, 0.5, 1.0)
             nn.init.normal_(norm.bias, std=0.1)
             norm.momentum = 1.0
+        for block in model.modules():
+            if isinstance(block, (BasicBlock3d, Bottleneck3d)):
+                nn.init.uniform_(block.last_norm.weight, 0.1, 0.3)
         with torch.no_grad():
             model.train()(torch.randn(1, 3, model.config.clip_len, 64, 64))
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -205,10 +211,12 @@ def inductor_freezing(enabled: bool):
 
 
 def _blocks(model: nn.Module) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in slowfast_ext.explain(model).rows:
-        counts[row.outcome] = counts.get(row.outcome, 0) + 1
-    return counts
+    return dict(
+        Counter(
+            f"plain: {row.reason}" if row.reason else f"fused, run by {row.served_by}"
+            for row in slowfast_ext.explain(model).rows
+        )
+    )
 
 
 def _first_lines(error: Exception) -> str:
