@@ -5,13 +5,15 @@
 
 Every variant runs the same weights on the same clips under inference_mode. Its logits are compared with eager float32
 before it is timed; one that is wrong, or cannot run, is listed with the reason. The variants are timed warm, one call
-of each in every round, in shuffled order. Exit status: 0; 1 if a variant was wrong; 2 for bad options.
+of each in every round, in shuffled order. Exit status: 0; 1 if a variant was wrong or none could be timed; 2 for bad
+options.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from datetime import datetime, timezone
@@ -161,6 +163,7 @@ def measure(options: argparse.Namespace) -> dict:
     device, dtype = options.device, DTYPES[options.dtype]
     began = datetime.now(timezone.utc)
     start = time.perf_counter()
+    busy_cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     model = create_network(options.model)
@@ -194,7 +197,7 @@ def measure(options: argparse.Namespace) -> dict:
         "benchmark": "latency",
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
-        "environment": describe_environment(device),
+        "environment": describe_environment(device) | {"busy_cores_before": busy_cores},
         "workload": {
             "model": options.model,
             "device": str(device),
@@ -274,8 +277,8 @@ def format_report(document: dict) -> str:
         memory, speedup = row["peak_memory_bytes"], row["speedup_over_best_plain"]
         cells = [
             row["name"],
-            f"{row['median_ms']:.4g}",
-            f"{row['p10_ms']:.4g} .. {row['p90_ms']:.4g}",
+            format_milliseconds(row["median_ms"]),
+            f"{format_milliseconds(row['p10_ms'])} .. {format_milliseconds(row['p90_ms'])}",
             f"{row['clips_per_second']:.4g}",
             f"{row['videos_per_second']:.3g}",
             "-" if memory is None else f"{memory / 2**20:.0f}",
@@ -296,6 +299,10 @@ def format_report(document: dict) -> str:
     return "\n".join(lines)
 
 
+def format_milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def format_notes(document: dict) -> list[str]:
     workload, roofline, rows = document["workload"], document["roofline"], document["variants"]
     rounds = max(len(row["samples_ms"]) for row in rows)
@@ -310,6 +317,9 @@ def format_notes(document: dict) -> list[str]:
         f"{rounds} rounds in shuffled order, warm, inference_mode, random weights; error: relative to eager float32, "
         f"at most {workload['tolerance']:.0e}"
     )
+    busy = document["environment"]["busy_cores_before"]
+    if busy is not None and busy > 1:
+        notes.append(f"other programs kept {busy:.1f} cores busy in the minute before: take the times as provisional")
     if workload["device"] == "cpu":
         notes.append("peak MiB: growth of the process's resident memory during one call, hence without weights")
         notes.append(f"CPU only: {document['kernels_unavailable']}; no GPU figure was measured")

@@ -65,6 +65,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _driver() -> str | None:
+    versions = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions and versions.splitlines()[0]
+
+
 def _commit() -> str | None:
     """Short hash of the checkout this file is in, with ``-dirty`` where tracked files were changed."""
     return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")

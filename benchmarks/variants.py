@@ -31,8 +31,9 @@ class Variant:
         description: for the report.
         memory_format: of the weights and of the clip.
         autocast: float32 weights under autocast, in place of weights in the asked-for type.
-        compile: arguments of ``torch.compile``; None for eager.
-        freezing: with inductor's constant folding of batch norm into the convolutions.
+        compile: ``options`` of ``torch.compile``, None for eager. No two variants may have the same: dynamo takes
+            networks of one structure and equal options for the same, and would run the first one's code for both.
+            ``"freezing"`` folds batch norm into the convolutions.
         ours: through ``slowfast_ext.accelerate``.
         default_on: types of devices on which it runs unless ``--variants`` says otherwise.
     """
@@ -41,7 +42,6 @@ class Variant:
     memory_format: torch.memory_format = torch.channels_last_3d
     autocast: bool = False
     compile: dict | None = None
-    freezing: bool = False
     ours: bool = False
     default_on: tuple[str, ...] = ("cpu", "cuda")
 
@@ -51,18 +51,22 @@ VARIANTS = {
     "eager_channels_last": Variant("plain modules, channels_last_3d"),
     "autocast_channels_last": Variant("plain modules, float32 weights, autocast, channels_last_3d", autocast=True),
     # Without freezing, inductor is slower on every machine seen; on a CPU it would double the time of the whole run.
+    # Without freezing, inductor was slower wherever it was tried; on a CPU it would double the time of the whole run.
     "compile": Variant("torch.compile, channels_last_3d", compile={}, default_on=("cuda",)),
-    "compile_freezing": Variant("torch.compile, freezing, channels_last_3d", compile={}, freezing=True),
+    "compile_freezing": Variant("torch.compile, freezing, channels_last_3d", compile={"freezing": True}),
     "compile_cuda_graph": Variant(
-        "torch.compile(mode='reduce-overhead'), freezing, channels_last_3d",
-        compile={"mode": "reduce-overhead"},
-        freezing=True,
+        "torch.compile, freezing, CUDA graph, channels_last_3d",
+        compile={"freezing": True, "triton.cudagraphs": True},
         default_on=("cuda",),
     ),
     "compile_max_autotune": Variant(
-        "torch.compile(mode='max-autotune'), freezing, channels_last_3d",
-        compile={"mode": "max-autotune"},
-        freezing=True,
+        "torch.compile, freezing, max-autotune, CUDA graph, channels_last_3d",
+        compile={
+            "freezing": True,
+            "triton.cudagraphs": True,
+            "max_autotune": True,
+            "coordinate_descent_tuning": True,
+        },
         default_on=(),
     ),
     "accelerate": Variant("slowfast_ext.accelerate, channels_last_3d", ours=True),
@@ -122,10 +126,10 @@ def create_network(name: str, seed: int = 0) -> nn.Module:
 
 
 def reference_output(model: nn.Module, clip: Tensor, device: torch.device) -> Tensor:
-    """Logits of eager float32 without TF32, on ``device``."""
+    """Logits of eager float32 without TF32, on ``device``, clip by clip to need little memory."""
     model = copy.deepcopy(model).to(device)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-        return model(clip.to(device)).float()
+        return torch.cat([model(part.to(device)) for part in clip.split(1)])
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -153,7 +157,7 @@ def prepare(
     start = time.perf_counter()
     try:
         twin, call = _build(variant, model, clip, dtype, device)
-        with inductor_freezing(variant.freezing):
+        with _inductor_freezing(bool(variant.compile and variant.compile.get("freezing"))):
             output = call().float()
         outcome.prepare_seconds = time.perf_counter() - start
         outcome.error = float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
@@ -189,7 +193,7 @@ def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype,
     if variant.ours:
         forward = twin = slowfast_ext.accelerate(twin)
     if variant.compile is not None:
-        forward = torch.compile(twin, dynamic=False, **variant.compile)
+        forward = torch.compile(twin, dynamic=False, options=variant.compile)
 
     def call() -> Tensor:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=variant.autocast):
@@ -199,8 +203,8 @@ def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype,
 
 
 @contextmanager
-def inductor_freezing(enabled: bool):
-    """Freezing while compiling. The option of ``torch.compile`` has no effect, only inductor's global switch has."""
+def _inductor_freezing(enabled: bool):
+    """Freezing during the first call: without this global switch the option of ``torch.compile`` has no effect."""
     if not enabled:
         yield
         return

@@ -230,6 +230,19 @@ def test_default_variants_depend_on_the_device():
     assert set(names("cuda", "bfloat16")) == set(VARIANTS) - {"compile_max_autotune"}
 
 
+def test_no_two_variants_compile_with_equal_options():
+    # Dynamo would run the first one's code for both; seen with freezing, which was then timed without it.
+    options = [variant.compile for variant in VARIANTS.values() if variant.compile is not None]
+    assert all(options.count(one) == 1 for one in options)
+
+
+def test_a_busy_machine_is_mentioned(document):
+    quiet = document | {"environment": document["environment"] | {"busy_cores_before": 0.3}}
+    busy = document | {"environment": document["environment"] | {"busy_cores_before": 3.0}}
+    assert "provisional" not in latency.format_report(quiet)
+    assert "other programs kept 3.0 cores busy" in latency.format_report(busy)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     report.write_json(path, {"old": 1})
