@@ -1,0 +1,77 @@
+// csrc/conv3d_bn_relu.cuh for NumPy: tensors come as arrays in (N, C, T, H, W) order with any strides, 16-bit types as
+// their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
+#include "conv3d_bn_relu.cuh"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+using namespace slowfast_ext;
+
+namespace {
+
+int64_t stride(const py::array& array, int dimension) { return array.strides(dimension) / array.itemsize(); }
+
+void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::array& x, const py::array& weight,
+                    const py::object& bias, const py::object& residual, py::array y, std::array<int, 3> steps,
+                    std::array<int, 3> padding, bool relu, int multiprocessors) {
+  Conv3dParameters p{};
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
+  p.y = y.mutable_data();
+  p.y_pitch = stride(y, 4);
+  if (!residual.is_none()) {
+    const py::array array(residual);
+    p.residual = array.data();
+    p.residual_pitch = stride(array, 4);
+  }
+  p.x_stride_n = stride(x, 0);
+  p.x_stride_c = stride(x, 1);
+  p.x_stride_t = stride(x, 2);
+  p.x_stride_h = stride(x, 3);
+  p.x_stride_w = stride(x, 4);
+  p.in_channels = x.shape(1);
+  p.in_t = x.shape(2);
+  p.in_h = x.shape(3);
+  p.in_w = x.shape(4);
+  p.out_channels = y.shape(1);
+  p.out_t = y.shape(2);
+  p.out_h = y.shape(3);
+  p.out_w = y.shape(4);
+  p.kernel_t = weight.shape(2);
+  p.kernel_h = weight.shape(3);
+  p.kernel_w = weight.shape(4);
+  p.stride_t = steps[0];
+  p.stride_h = steps[1];
+  p.stride_w = steps[2];
+  p.padding_t = padding[0];
+  p.padding_h = padding[1];
+  p.padding_w = padding[2];
+  p.pixels = y.shape(0) * y.shape(2) * y.shape(3) * y.shape(4);
+  p.reduction = p.kernel_t * p.kernel_h * p.kernel_w * p.in_channels;
+  p.relu = relu;
+  p.paired = stores_in_pairs(p, x.itemsize());
+
+  TileShape shape = TileShape::kAuto;
+  if (tile == "128x128") shape = TileShape::k128x128;
+  if (tile == "64x64") shape = TileShape::k64x64;
+  if (tile == "128x32") shape = TileShape::k128x32;
+  if (tile == "128x16") shape = TileShape::k128x16;
+  if (math == "bfloat16") return launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, shape, multiprocessors, nullptr);
+#ifndef ONLY_BFLOAT16
+  if (math == "float16") return launch_conv3d_bn_relu<HalfMath<float16>>(p, shape, multiprocessors, nullptr);
+  if (math == "tf32") return launch_conv3d_bn_relu<Tf32Math>(p, shape, multiprocessors, nullptr);
+  if (math == "float32") return launch_conv3d_bn_relu<SplitTf32Math>(p, shape, multiprocessors, nullptr);
+#endif
+  throw std::invalid_argument("not built for " + math);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, module) { module.def("conv3d_bn_relu", &conv3d_bn_relu); }

@@ -1,0 +1,100 @@
+"""The CUDA source of conv3d_bn_relu, run on a CPU: values, sanitizers, and mutants that must be seen."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import build
+import conv3d_cases
+import pytest
+from conv3d_cases import CASES, MATHS
+
+pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
+
+HERE = Path(__file__).resolve().parent
+BINDING = [HERE / "conv3d_bn_relu.cpp"]
+KERNEL = "conv3d_bn_relu.cuh"
+
+# What is changed in the kernel, how it is run, and on which cases. "random" is a random order of threads.
+MUTANTS = {
+    "no_barrier": ("    __syncthreads();", "", "thread", "tile_64x64"),
+    "no_barrier_values": ("    __syncthreads();", "", "random", "tile_64x64"),
+    "wait_for_one_stage_less": ("kStages - 2>()", "kStages - 1>()", "plain", "tile_64x64"),
+    "x_is_read_beyond_the_last_pixel": ("if (pixel >= p.pixels) {", "if (false) {", "address", "odd_slice"),
+    "y_is_written_beyond_the_last_pixel": ("if (pixel >= p.pixels) continue;", "", "address", "no_epilogue"),
+    "weight_is_read_beyond_the_last_channel": ("channel < p_.out_channels && w", "w", "address", "odd_out_channels"),
+    "padding_is_not_zero": ("static_cast<unsigned>(w + at.kernel_w)", "0u", "plain", "fast_res2_1x3x3"),
+    "swizzle_differs": (
+        "warp_pixel + i * 16 + lane % 16, chunk",
+        "warp_pixel + i * 16 + lane % 16, 2 - chunk",
+        "plain",
+        "tile",
+    ),
+    "wrong_lane_of_weight": ("chunk + lane / 8 % 2)", "chunk + lane / 16)", "plain", "tile_64x64"),
+    "residual_is_forgotten": ("if (p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
+    "relu_of_one_channel_is_forgotten": ("first = first < 0.f ? 0.f : first;", "", "plain", "fast_res2_1x3x3"),
+}
+SANITIZERS = ("address", "thread", "undefined")
+
+
+def build_mutant(old, new, way):
+    csrc = build.mutate({KERNEL: [(old, new)]})
+    sanitizer = way if way in SANITIZERS else None
+    return build.build("conv3d_bn_relu", BINDING, sanitizer=sanitizer, defines=("ONLY_BFLOAT16",), csrc=csrc)
+
+
+@pytest.fixture(scope="module")
+def builds():
+    """All libraries, compiled side by side: a dictionary of futures."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {"plain": pool.submit(build.build, "conv3d_bn_relu", BINDING)}
+        for sanitizer in SANITIZERS:
+            options = {"sanitizer": sanitizer, "defines": ("ONLY_BFLOAT16",)}
+            futures[sanitizer] = pool.submit(build.build, "conv3d_bn_relu", BINDING, **options)
+        for name, (old, new, way, _) in MUTANTS.items():
+            futures[name] = pool.submit(build_mutant, old, new, way)
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.fixture(scope="module")
+def kernel(builds):
+    return build.load("conv3d_bn_relu", BINDING)
+
+
+def run(way, library, cases=""):
+    """Run the bfloat16 cases whose names contain `cases` in a process of their own."""
+    environment = {"SLOWFAST_EXT_EMULATOR_SEED": "7"} if way == "random" else {}
+    sanitizer = way if way in SANITIZERS else None
+    return build.run_sanitized(sanitizer, HERE / "conv3d_cases.py", library, cases, environment=environment)
+
+
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_error_is_what_rounding_explains(kernel, case, math):
+    assert conv3d_cases.run(kernel, case, math) <= 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_order_of_threads_does_not_matter(kernel, monkeypatch, seed):
+    monkeypatch.setenv("SLOWFAST_EXT_EMULATOR_SEED", str(seed))
+    for name in ("tile_128x128", "slow_res4_3x1x1", "fast_stem_5x7x7", "lateral_7x1x1_stride_4_into_concat"):
+        assert conv3d_cases.run(kernel, CASES[name], "bfloat16") <= 1
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizer_finds_nothing(builds, sanitizer):
+    result = run(sanitizer, builds[sanitizer].result())
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    assert result.stdout.count("\n") == len(CASES)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_seen(builds, name):
+    *_, way, cases = MUTANTS[name]
+    result = run(way, builds[name].result(), cases)
+    assert result.returncode != 0
+    # Seen for what it is, not because the process broke down on the way.
+    report = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}.get(way)
+    assert report in result.stderr if report else result.stdout or "emulator" in result.stderr
