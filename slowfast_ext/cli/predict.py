@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -85,9 +85,12 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels) if args.labels else None
     device = _device(args.device)
     model = _model(args, labels).to(device).eval()
-    plan = _plan(model.config, args)
+    plan = view_plan(model.config, args)
     if not args.no_accelerate:
-        slowfast_ext.accelerate(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            slowfast_ext.accelerate(model)
+        _warn(str(warning.message) for warning in caught)
 
     result = {
         "checkpoint": args.checkpoint,
@@ -170,7 +173,7 @@ def _model(args: argparse.Namespace, labels: list[str] | None) -> nn.Module:
             slowfast_ext.load_checkpoint(args.checkpoint, model)
         report = model.load_report
         for mismatch in report.mismatched:
-            if mismatch.name == "cls_head.fc_cls.weight":
+            if mismatch.name == "cls_head.fc_cls.bias":
                 who = "the labels file has" if labels else f"{args.config} has"
                 raise ValueError(
                     f"'{args.checkpoint}' must have as many classes as asked for: "
@@ -187,12 +190,13 @@ def _model(args: argparse.Namespace, labels: list[str] | None) -> nn.Module:
     return model
 
 
-def _warn(notes: Sequence[str]) -> None:
+def _warn(notes: Iterable[str]) -> None:
     for note in notes:
         print(f"slowfast-ext predict: warning: {note}", file=sys.stderr)
 
 
-def _plan(config: SlowFastConfig, args: argparse.Namespace) -> ViewPlan:
+def view_plan(config: SlowFastConfig, args: argparse.Namespace) -> ViewPlan:
+    """The test views of a network, unless the arguments say otherwise."""
     return ViewPlan(
         clip_len=config.clip_len,
         frame_interval=config.frame_interval,

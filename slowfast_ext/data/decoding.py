@@ -225,7 +225,7 @@ def open_video(path: str | os.PathLike, decoder: str = "auto") -> Video:
     Raises:
         VideoError: missing, a folder, empty, cut short, not a video, or without a picture.
         ValueError: unknown decoder.
-        RuntimeError: the decoder is not installed.
+        ImportError: the decoder is not installed.
     """
     if decoder not in DECODERS:
         raise ValueError(f"open_video: decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")

@@ -1,3 +1,4 @@
+import argparse
 import json
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from sample_videos import bad_videos, real_clip, write_video
 
 from slowfast_ext import create_model
 from slowfast_ext.cli import main, predict
-from slowfast_ext.data import open_video
+from slowfast_ext.data import ViewPlan, open_video
 from slowfast_ext.models import SlowFastConfig, build_model, fast_pathway, slow_pathway
 
 ZOO_NAME = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
@@ -218,15 +219,19 @@ def test_labels_must_fit_the_classes(small, tmp_path, capsys):
     assert "must be UTF-8 text" in _error(capsys, argv)
 
 
-def test_a_checkpoint_must_fill_the_network_of_the_config(published, small, tmp_path, capsys):
-    video = write_video(tmp_path / "video.mp4", 3)
-    message = _error(capsys, [video, "--checkpoint", published[1], "--config", ZOO_NAME])
-    assert f"as many classes as asked for: {ZOO_NAME} has 400, got {CLASSES}" in message
-    other = ZOO_NAME.replace("4x16", "8x8")
-    labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join(LABELS))
-    message = _error(capsys, [video, "--checkpoint", published[1], "--config", other, "--labels", labels])
-    assert f"must hold all weights of {other}" in message
+def test_a_checkpoint_must_fill_the_network_of_the_config(small, labels, tmp_path, capsys):
+    argv = [write_video(tmp_path / "video.mp4", 3), "--checkpoint", small[1], "--config", ZOO_NAME]
+    assert f"as many classes as asked for: {ZOO_NAME} has 400, got {CLASSES}" in _error(capsys, argv)
+    assert f"must hold all weights of {ZOO_NAME}" in _error(capsys, [*argv, "--labels", labels])
+
+
+@pytest.mark.parametrize(("frame_sampling", "protocol"), [("strided", "mmaction2"), ("linspace", "pyslowfast")])
+def test_views_follow_the_network_and_the_code_base_it_comes_from(frame_sampling, protocol):
+    pathways = slow_pathway(18), fast_pathway(18)
+    config = SlowFastConfig(*pathways, 4, 4, 7, frame_sampling=frame_sampling, clip_len=64, test_clips=2, test_crops=1)
+    unset = argparse.Namespace(num_clips=None, num_crops=None, crop_size=None)
+    expected = ViewPlan(clip_len=64, num_clips=2, num_crops=1, protocol=protocol)
+    assert predict.view_plan(config, unset) == expected
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--num-clips", "--max-views", "--crop-size"])

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import importlib.util
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ from sample_videos import (
 
 from slowfast_ext.data import VideoError, open_video
 
-DECODERS = [pytest.param("decord", marks=pytest.mark.skipif("linux" not in sys.platform, reason="no wheel")), "pyav"]
+needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord has no wheel here")
+DECODERS = [pytest.param("decord", marks=needs_decord), "pyav"]
 NAMES = ["missing", "empty", "cut_short", "cut_short_index_in_front", "text", "noise", "audio", "folder"]
 
 
+@needs_decord
 @pytest.mark.parametrize("name", CLIPS)
 def test_both_decoders_return_the_same_frames_of_real_clips(name):
     frames, height, width = CLIPS[name]
@@ -57,6 +58,7 @@ def test_pyav_reads_a_format_whose_seeks_miss(tmp_path):
         assert np.array_equal(video.frames([25, 3, 0]), everything[[25, 3, 0]])
 
 
+@needs_decord
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_both_decoders_turn_pictures_upright(tmp_path, degrees):
     path = write_video(tmp_path / "video.mp4", 3, height=64, width=128)
@@ -123,14 +125,11 @@ def test_an_unknown_decoder_is_rejected(tmp_path):
         open_video(tmp_path / "video.mp4", "opencv")
 
 
-def test_decord_is_quiet_about_bad_files(tmp_path):
+@needs_decord
+def test_decord_is_quiet_about_bad_files(tmp_path, capfd):
     bad_videos(tmp_path)
-    code = (
-        "import sys; from slowfast_ext.data import open_video, VideoError\n"
-        "for path in sys.argv[1:]:\n"
-        "    try: open_video(path, 'decord')\n"
-        "    except VideoError: pass\n"
-    )
-    paths = [tmp_path / name for name in ("text.mp4", "cut_short.mp4", "audio.mp4", "empty.mp4")]
-    run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert run.stdout + run.stderr == ""
+    capfd.readouterr()  # what FFmpeg said when the files were made
+    for name in ("text.mp4", "cut_short.mp4", "cut_short_index_in_front.mp4", "audio.mp4", "empty.mp4"):
+        with pytest.raises(VideoError):
+            open_video(tmp_path / name, "decord")
+    assert capfd.readouterr() == ("", "")
