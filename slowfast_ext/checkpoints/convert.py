@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -37,23 +36,14 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike) -> LoadRe
         raise FileNotFoundError(f"convert: the folder of destination must exist, got {str(destination.parent)!r}")
     model = load_checkpoint(source)
     config = json.dumps(model.config.to_dict())
-    handle, temporary = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.parent)
-    os.close(handle)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         if destination.suffix == ".pth":
             torch.save({"meta": {CONFIG_ENTRY: config}, "state_dict": model.state_dict()}, temporary)
         else:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}
             safetensors.torch.save_file(weights, temporary, metadata={CONFIG_ENTRY: config})
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, destination)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     return model.load_report
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -122,8 +122,10 @@ def _number(value) -> int | float | None:
 
 
 def _normalization(mean, std, scale: int) -> Normalization | None:
-    if not all(isinstance(item, list | tuple) and len(item) == 3 and all(map(_number, item)) for item in (mean, std)):
-        return None
+    """``None`` unless both are three numbers; ``scale`` brings them to the 0 to 255 scale."""
+    for item in (mean, std):
+        if not isinstance(item, list | tuple) or len(item) != 3 or None in map(_number, item):
+            return None
     return Normalization(*(tuple(scale * value for value in item) for item in (mean, std)))
 
 

@@ -86,6 +86,6 @@ class SlowFastBackbone(nn.Module):
             raise ValueError(f"SlowFast: clip must have height and width of at least 1, got {tuple(clip.shape[3:])}")
         if not clip.is_floating_point():
             raise TypeError(f"SlowFast: clip must be normalised and floating point, got {clip.dtype}")
-        device = self.fast_path.conv1.conv.weight.device
+        device = next(self.parameters()).device
         if clip.device != device:
             raise ValueError(f"SlowFast: clip must be on the network's device {device}, got {clip.device}")

@@ -88,7 +88,7 @@ def test_legacy_torch_file_is_read(plain, tmp_path):
 
 
 MMACTION2_CONFIG = """
-img_norm_cfg = dict(mean=[1.5, 2.5, 3.5], std=[4, 5, 6], to_bgr=False)
+img_norm_cfg = dict(mean=[0, 2.5, 3.5], std=[4, 5, 6], to_bgr=False)
 model = dict(
     type='Recognizer3D',
     backbone=dict(type='ResNet3dSlowFast', resample_rate=8, speed_ratio=4, channel_ratio=8),
@@ -110,7 +110,7 @@ def test_settings_of_mmaction2_are_read_and_not_run(plain, save, tmp_path, entry
     assert (config.resample_rate, config.speed_ratio, config.dropout) == (8, 4, 0.25)
     assert (config.clip_len, config.frame_interval) == (64, 1)
     assert (config.test_clips, config.test_crops, config.test_short_side, config.test_crop_size) == (5, 1, 320, 288)
-    assert config.normalization == Normalization((1.5, 2.5, 3.5), (4, 5, 6))
+    assert config.normalization == Normalization((0, 2.5, 3.5), (4, 5, 6))
     assert not model.load_report.notes
     assert not (tmp_path / "trace").exists()
 
