@@ -1,7 +1,7 @@
 """Compile kernels against the emulator with g++: pybind11 modules, sanitized ones too, and mutants of the sources.
 
 A binding is a .cpp file that includes a kernel of csrc/ and exposes it, NumPy in and NumPy out, with
-``PYBIND11_MODULE(MODULE_NAME, module)``. Builds are kept in pytest's cache folder (``pytest --cache-clear`` empties it).
+``PYBIND11_MODULE(MODULE_NAME, module)``. Builds are kept in the cache folder of pytest (``--cache-clear`` empties it).
 """
 
 import hashlib
@@ -20,11 +20,15 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / ".pytest_cache" / "d" / "emulator"
 FLAGS = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-g1", "-Wall", "-Wno-unknown-pragmas"]
 SANITIZERS = {
-    None: ["-O2"],
-    "address": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address"],
+    None: ["-O3"],
+    # And what a GPU traps or leaves undefined but plain g++ lets pass: misaligned vector accesses, wild shifts.
+    "address": [
+        "-O1",
+        "-fno-omit-frame-pointer",
+        "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow",
+        "-fno-sanitize-recover=all",
+    ],
     "thread": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
-    # What a GPU traps or leaves undefined and plain g++ lets pass: vector accesses that are not aligned, wild shifts.
-    "undefined": ["-O1", "-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"],
 }
 
 
@@ -83,7 +87,7 @@ def build(name, sources, *, sanitizer=None, defines=(), csrc=CSRC):
 
 
 def load(name, sources, **options):
-    """Build a module (arguments as for build) and import it. A sanitized one needs a process started by run_sanitized."""
+    """Build a module (arguments as for build) and import it; a sanitized one only in a process of run_sanitized."""
     library = build(name, sources, **options)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)

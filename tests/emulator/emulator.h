@@ -47,7 +47,7 @@ inline void __syncwarp(uint32_t mask = ~0u, slowfast_ext::emulator::Site site = 
 
 namespace slowfast_ext::emulator {
 
-EMULATOR_UNOBSERVED inline void count(uint64_t& counter, uint64_t by = 1) { counter += by; }
+EMULATOR_UNOBSERVED inline void count(uint64_t& counter) { ++counter; }
 
 template <typename T>
 T shuffle(const char* instruction, uint32_t mask, T value, unsigned source, Site site) {
@@ -174,11 +174,18 @@ inline void check_shared(const char* instruction, const void* address, Site site
   }
 }
 
+// Word by word, so that the sanitizers see the accesses: they miss short memcpy and memset that become instructions.
+inline void copy_16(void* to, const void* from) {
+  typedef uint64_t __attribute__((may_alias)) Word;
+  static_cast<Word*>(to)[0] = static_cast<const Word*>(from)[0];
+  static_cast<Word*>(to)[1] = static_cast<const Word*>(from)[1];
+}
+
 // mma with 8 * kPerRegister deep operands of kPerRegister elements a register; decode(register, i) is the i-th of them.
 template <int kPerRegister, typename Decode>
 void multiply(const char* instruction, float* d, const uint32_t* a, const uint32_t* b, Site site, Decode decode) {
   constexpr int kDepth = 8 * kPerRegister;
-  typedef double Row __attribute__((vector_size(64)));
+  typedef double Pair __attribute__((vector_size(16), may_alias));  // as wide as every x86-64 has
   struct Operands {
     float* d;
     const uint32_t *a, *b;
@@ -187,15 +194,7 @@ void multiply(const char* instruction, float* d, const uint32_t* a, const uint32
   Warp& warp = *self.warp;
   if (warp.lanes != ~0u) self.multiprocessor->fail(site, instruction, ": needs a full warp");
   self.multiprocessor->meet_warp(instruction, ~0u, site, &operands, [&] {
-    double left[16][kDepth];
-    union {
-      Row rows[kDepth];
-      double elements[kDepth][8];
-    } right;
-    union {
-      Row rows[16];
-      double elements[16][8];
-    } sum;
+    alignas(16) double left[16][kDepth], right[kDepth][8], sum[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const auto& from = *static_cast<const Operands*>(warp.threads[lane].operands);
       const int group = lane / 4, member = lane % 4;
@@ -204,20 +203,24 @@ void multiply(const char* instruction, float* d, const uint32_t* a, const uint32
         for (int half = 0; half < 2; ++half) {
           left[group][k + half * kDepth / 2] = decode(from.a[2 * half], i);
           left[group + 8][k + half * kDepth / 2] = decode(from.a[2 * half + 1], i);
-          right.elements[k + half * kDepth / 2][group] = decode(from.b[half], i);
+          right[k + half * kDepth / 2][group] = decode(from.b[half], i);
         }
       }
-      for (int i = 0; i < 4; ++i) sum.elements[group + i / 2 * 8][2 * member + i % 2] = from.d[i];
+      for (int i = 0; i < 4; ++i) sum[group + i / 2 * 8][2 * member + i % 2] = from.d[i];
     }
     for (int row = 0; row < 16; ++row) {
-      Row total = sum.rows[row];
-      for (int k = 0; k < kDepth; ++k) total += left[row][k] * right.rows[k];
-      sum.rows[row] = total;
+      Pair total[4];
+      std::memcpy(total, sum[row], sizeof(total));
+      for (int k = 0; k < kDepth; ++k) {
+        const Pair* columns = reinterpret_cast<const Pair*>(right[k]);
+        for (int i = 0; i < 4; ++i) total[i] += left[row][k] * columns[i];
+      }
+      std::memcpy(sum[row], total, sizeof(total));
     }
     for (int lane = 0; lane < 32; ++lane) {
       const auto& to = *static_cast<const Operands*>(warp.threads[lane].operands);
       for (int i = 0; i < 4; ++i) {
-        to.d[i] = static_cast<float>(sum.elements[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+        to.d[i] = static_cast<float>(sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
       }
     }
     ++self.multiprocessor->statistics.mma;
@@ -225,23 +228,26 @@ void multiply(const char* instruction, float* d, const uint32_t* a, const uint32
 }
 
 template <typename T>
-float decode_half(uint32_t word, int i) {
-  return static_cast<float>(bit_cast<T>(static_cast<uint16_t>(word >> 16 * i)));
-}
+struct DecodeHalf {
+  float operator()(uint32_t word, int i) const {
+    return static_cast<float>(bit_cast<T>(static_cast<uint16_t>(word >> 16 * i)));
+  }
+};
 
 }  // namespace emulator
 
 namespace ptx {
 
 inline void cp_async_16(void* shared, const void* global, bool valid, emulator::Site site = emulator::Site::here()) {
+  static const uint64_t zeros[2] = {0, 0}, poison[2] = {~uint64_t(0), ~uint64_t(0)};
   emulator::Thread& self = emulator::this_thread();
   self.multiprocessor->pause();
   emulator::check_shared("cp.async", shared, site);
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) {
     self.multiprocessor->fail(site, "cp.async: the global address must be 16-byte aligned, got ", global);
   }
-  std::memset(shared, 0xff, 16);
-  self.copies.push_back({shared, valid ? global : nullptr, self.groups, site});
+  emulator::copy_16(shared, poison);
+  self.copies.push_back({shared, valid ? global : zeros, self.groups, site});
   emulator::count(self.multiprocessor->statistics.cp_async);
 }
 
@@ -254,11 +260,7 @@ void cp_async_wait() {
   for (; self.landed < self.copies.size(); ++self.landed) {
     const auto& copy = self.copies[self.landed];
     if (copy.group + kPending >= self.groups) return;
-    if (copy.source) {
-      std::memcpy(copy.destination, copy.source, 16);
-    } else {
-      std::memset(copy.destination, 0, 16);
-    }
+    emulator::copy_16(copy.destination, copy.source);
   }
   self.copies.clear();
   self.landed = 0;
@@ -266,7 +268,7 @@ void cp_async_wait() {
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, emulator::Site site = emulator::Site::here()) {
   struct Operands {
-    uint32_t row[4];
+    alignas(8) uint32_t row[4];
     uint32_t* result;
     uintptr_t address;
   } operands{{}, r, reinterpret_cast<uintptr_t>(shared)};
@@ -275,7 +277,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, emulator::Site sit
   if (warp.lanes != ~0u) self.multiprocessor->fail(site, "ldmatrix: needs a full warp");
   self.multiprocessor->pause();
   emulator::check_shared("ldmatrix", shared, site);
-  std::memcpy(operands.row, shared, 16);
+  emulator::copy_16(operands.row, shared);
   self.multiprocessor->meet_warp("ldmatrix", ~0u, site, &operands, [&] {
     const auto of = [&](int lane) -> Operands& { return *static_cast<Operands*>(warp.threads[lane].operands); };
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -295,12 +297,12 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, emulator::Site sit
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16,
                          emulator::Site site = emulator::Site::here()) {
-  emulator::multiply<2>("mma", d, a, b, site, emulator::decode_half<bfloat16>);
+  emulator::multiply<2>("mma", d, a, b, site, emulator::DecodeHalf<bfloat16>());
 }
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float16,
                          emulator::Site site = emulator::Site::here()) {
-  emulator::multiply<2>("mma", d, a, b, site, emulator::decode_half<float16>);
+  emulator::multiply<2>("mma", d, a, b, site, emulator::DecodeHalf<float16>());
 }
 
 // The tensor core ignores the low 13 bits of a float32.
@@ -309,6 +311,8 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   emulator::multiply<1>("mma", d, a, b, site,
                         [](uint32_t word, int) { return emulator::bit_cast<float>(word & 0xffffe000u); });
 }
+
+inline float bits_to_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
 
 inline uint32_t round_to_tf32(float value) {
   const uint32_t bits = emulator::bit_cast<uint32_t>(value);

@@ -73,7 +73,7 @@ class Multiprocessor;
 struct Thread {
   struct Copy {
     void* destination;
-    const void* source;  // null: zeros
+    const void* source;
     unsigned group;
     Site site;
   };
@@ -83,7 +83,7 @@ struct Thread {
   Warp* warp;
   unsigned lane;
   dim3 index;
-  // What it waits for, null while it runs or could run; `operands` is what it brings to a collective.
+  // What it waits for, if it waits, and what it brings to it.
   const char* instruction = nullptr;
   Site site{};
   void* operands = nullptr;
@@ -152,12 +152,9 @@ class Multiprocessor {
       wake(threads_[i]);
     }
     happens_before(&block);
-    {
-      Unobserved scope;
-      running = next_ready();
-      host_.switch_to(running->fiber);
-      running = nullptr;
-    }
+    running = next_ready();
+    host_.switch_to(running->fiber);
+    running = nullptr;
     happens_after(&block);
     if (error_) std::rethrow_exception(error_);
     if (unfinished_) throw std::runtime_error(deadlock());
@@ -167,15 +164,16 @@ class Multiprocessor {
   template <typename Execute>
   void meet_warp(const char* instruction, uint32_t mask, Site site, void* operands, Execute execute) {
     pause();
-    Unobserved scope;
-    Thread& self = *running;
+    Thread& self = this_thread();
     Warp& warp = *self.warp;
     if (!(mask >> self.lane & 1)) fail(site, instruction, ": the mask must hold the calling lane ", self.lane);
     self.operands = operands;
-    if (!meet(warp.meetings, {instruction, site, mask}, __builtin_popcount(mask & warp.lanes))) return;
+    const uint32_t lanes = mask & warp.lanes;
+    if (!meet(warp.meetings, {instruction, site, mask}, lanes == ~0u ? 32 : __builtin_popcount(lanes))) return;
+    Unobserved scope;
     execute();
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      if (lane != self.lane && mask & warp.lanes & 1u << lane) wake(warp.threads[lane]);
+    for (unsigned lane = 32; lane-- > 0;) {
+      if (lane != self.lane && lanes >> lane & 1) wake(warp.threads[lane]);
     }
   }
 
@@ -198,15 +196,13 @@ class Multiprocessor {
     pause();
     Thread& self = this_thread();
     happens_before(&self.arrival);
-    {
+    if (meet(meetings_, {"__syncthreads", site, 0}, threads_.size())) {
       Unobserved scope;
-      if (meet(meetings_, {"__syncthreads", site, 0}, threads_.size())) {
-        ++statistics.barriers;
-        for (Thread& thread : threads_) happens_after(&thread.arrival);
-        for (Thread& thread : threads_) happens_before(&thread.departure);
-        for (size_t i = threads_.size(); i-- > 0;) {
-          if (&threads_[i] != &self) wake(threads_[i]);
-        }
+      ++statistics.barriers;
+      for (Thread& thread : threads_) happens_after(&thread.arrival);
+      for (Thread& thread : threads_) happens_before(&thread.departure);
+      for (size_t i = threads_.size(); i-- > 0;) {
+        if (&threads_[i] != &self) wake(threads_[i]);
       }
     }
     happens_after(&self.departure);
@@ -215,12 +211,13 @@ class Multiprocessor {
   // In a random schedule, perhaps let others go first.
   void pause() {
     if (!grid.seed) return;
-    Unobserved scope;
-    if (random() % 4) return;
-    Thread& self = *running;
-    wake(self);
-    Thread* next = next_ready();
-    if (next != &self) leave(self, next);
+    Thread& self = this_thread();
+    {
+      Unobserved scope;
+      if (random() % 4) return;
+      wake(self);
+    }
+    leave(self);
   }
 
   // Shared memory of this block: the dynamic part, or a static array (some module's variables of this system thread).
@@ -258,33 +255,30 @@ class Multiprocessor {
  private:
   // Whether the running thread is the last of `expected` at this meeting; if not, it has waited for the last one.
   bool meet(std::vector<Meeting>& meetings, const Meeting& key, unsigned expected) {
-    size_t i = 0;
-    while (i < meetings.size() && !(meetings[i] == key)) ++i;
-    if (i == meetings.size()) meetings.push_back(key);
-    if (++meetings[i].arrived == expected) {
-      meetings[i] = meetings.back();
-      meetings.pop_back();
-      return true;
+    Thread& self = this_thread();
+    {
+      Unobserved scope;
+      size_t i = 0;
+      while (i < meetings.size() && !(meetings[i] == key)) ++i;
+      if (i == meetings.size()) meetings.push_back(key);
+      if (++meetings[i].arrived == expected) {
+        meetings[i] = meetings.back();
+        meetings.pop_back();
+        return true;
+      }
+      self.instruction = key.instruction;
+      self.site = key.site;
     }
-    wait(key.instruction, key.site);
+    leave(self);
     return false;
   }
 
-  __attribute__((noinline)) void wait(const char* instruction, Site site) {
-    Thread& self = *running;
-    self.instruction = instruction;
-    self.site = site;
-    leave(self, next_ready());
-  }
-
-  void wake(Thread& thread) {
-    thread.instruction = nullptr;
-    ready_.push_back(&thread);
-  }
+  void wake(Thread& thread) { ready_.push_back(&thread); }
 
   // Without a seed the last one woken, so that a warp runs on until it stands at a barrier: fast (its stacks are in the
   // cache) and severe (warps are as far apart as they can be).
   Thread* next_ready() {
+    Unobserved scope;
     if (ready_.empty()) return nullptr;
     if (grid.seed) std::swap(ready_[random() % ready_.size()], ready_.back());
     Thread* thread = ready_.back();
@@ -292,10 +286,10 @@ class Multiprocessor {
     return thread;
   }
 
-  // Nobody ready: back to run_block().
-  void leave(Thread& self, Thread* next) {
-    running = next;
-    self.fiber.switch_to(next ? next->fiber : host_);
+  // Go on with a ready thread, perhaps this one, or if there is none in run_block().
+  __attribute__((noinline)) EMULATOR_UNOBSERVED void leave(Thread& self) {
+    running = next_ready();
+    if (running != &self) self.fiber.switch_to(running ? running->fiber : host_);
   }
 
   uint64_t random() {  // splitmix64
@@ -321,11 +315,14 @@ class Multiprocessor {
         error = std::current_exception();
       }
       happens_before(&multiprocessor.block);
-      Unobserved scope;
-      self.finished = true;
-      --multiprocessor.unfinished_;
-      multiprocessor.error_ = error;
-      multiprocessor.leave(self, error ? nullptr : multiprocessor.next_ready());
+      {
+        Unobserved scope;
+        self.finished = true;
+        --multiprocessor.unfinished_;
+        multiprocessor.error_ = error;
+        if (error) multiprocessor.ready_.clear();
+      }
+      multiprocessor.leave(self);
     }
   }
 

@@ -100,7 +100,7 @@ class Fiber {
   }
 
   // Leave this fiber, which must be the running one, until someone switches back to it.
-  __attribute__((noinline)) void switch_to(Fiber& next) {
+  __attribute__((noinline)) EMULATOR_UNOBSERVED void switch_to(Fiber& next) {
     leaving() = this;
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.bytes_);
@@ -116,14 +116,14 @@ class Fiber {
     arrived();
   }
 
-  void arrived() {
+  EMULATOR_UNOBSERVED void arrived() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fake_stack_, &leaving()->bottom_, &leaving()->bytes_);
 #endif
   }
 
  private:
-  static Fiber*& leaving() {
+  EMULATOR_UNOBSERVED static Fiber*& leaving() {
     static thread_local Fiber* fiber;
     return fiber;
   }
