@@ -163,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict:
     device, dtype = options.device, DTYPES[options.dtype]
     began = datetime.now(timezone.utc)
     start = time.perf_counter()
-    busy_cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     model = create_network(options.model)
@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace) -> dict:
         "benchmark": "latency",
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
-        "environment": describe_environment(device) | {"busy_cores_before": busy_cores},
+        "environment": describe_environment(device) | {"load_before": load},
         "workload": {
             "model": options.model,
             "device": str(device),
@@ -317,9 +317,9 @@ def format_notes(document: dict) -> list[str]:
         f"{rounds} rounds in shuffled order, warm, inference_mode, random weights; error: relative to eager float32, "
         f"at most {workload['tolerance']:.0e}"
     )
-    busy = document["environment"]["busy_cores_before"]
-    if busy is not None and busy > 1:
-        notes.append(f"other programs kept {busy:.1f} cores busy in the minute before: take the times as provisional")
+    load, cores = document["environment"]["load_before"], document["environment"]["cores"]
+    if load is not None and load > cores / 2:
+        notes.append(f"the load average before was {load:.1f} on {cores} cores: take the times as provisional")
     if workload["device"] == "cpu":
         notes.append("peak MiB: growth of the process's resident memory during one call, hence without weights")
         notes.append(f"CPU only: {document['kernels_unavailable']}; no GPU figure was measured")

@@ -237,10 +237,12 @@ def test_no_two_variants_compile_with_equal_options():
 
 
 def test_a_busy_machine_is_mentioned(document):
-    quiet = document | {"environment": document["environment"] | {"busy_cores_before": 0.3}}
-    busy = document | {"environment": document["environment"] | {"busy_cores_before": 3.0}}
-    assert "provisional" not in latency.format_report(quiet)
-    assert "other programs kept 3.0 cores busy" in latency.format_report(busy)
+    def report_with(**environment):
+        return latency.format_report(document | {"environment": document["environment"] | environment})
+
+    assert "provisional" not in report_with(load_before=0.3, cores=2)
+    assert "provisional" not in report_with(load_before=None)  # the system does not tell
+    assert "the load average before was 3.0 on 2 cores" in report_with(load_before=3.0, cores=2)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
