@@ -90,8 +90,9 @@ def accelerate(
 
     A twin has the block's children under their names, so that state-dict keys, optimisers and checkpoints are not
     concerned. In evaluation mode without gradients of parameters it computes the block's result with the batch norms
-    folded; otherwise it runs the block's own forward. The outermost block that can be fused is replaced; inside one
-    that is kept the search goes on. Accelerating again changes nothing that is fused.
+    folded; otherwise it runs the block's own forward. Changed weights are noticed, except those edited through
+    ``parameter.data``, which torch does not tell. The outermost block that can be fused is replaced; inside one that is
+    kept the search goes on. Accelerating again changes nothing that is fused.
 
     Args:
         model: any module that contains blocks of :mod:`slowfast_ext.models`.

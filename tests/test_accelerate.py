@@ -193,7 +193,7 @@ def test_where_chooses_by_name_and_module():
     assert set(twins(model)) == laterals | {f"backbone.fast_path.layer1.{block}" for block in range(3)}
     report = explain(model)
     assert len(report.rows) == 38
-    assert {row.reason for row in report.kept} == {slowfast_ext.accelerate.__globals__["NOT_ACCELERATED"]}
+    assert {row.reason for row in report.kept} == {"not accelerated: where left it out, or accelerate() was not called"}
 
 
 def test_where_can_choose_inner_blocks():
@@ -317,7 +317,7 @@ def test_a_whole_accelerated_network_compiles_to_one_graph():
     clip = small_clip()
     with torch.no_grad():
         expected = model(clip)
-        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(clip)
+        actual = torch.compile(model, fullgraph=True, backend="eager")(clip)
     assert_close(actual, expected, **block_tolerance(model, torch.float32, expected))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +17,15 @@ TWINS: dict[type[nn.Module], type[FusedBlock]] = {}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_unavailable_reason = functools.cache(unavailable_reason)  # asked for each block in each forward
+
+
 @torch.compiler.assume_constant_result
 def _backend_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the plain children serve tensors of this kind better, or None."""
     if device.type == "cuda" and dtype == torch.float64:
         return "the CUDA kernels do not compute in float64"
-    return None if device.type == "cpu" else unavailable_reason(device)
+    return None if device.type == "cpu" else _unavailable_reason(device)
 
 
 def _call_reason(module: nn.Module) -> str | None:

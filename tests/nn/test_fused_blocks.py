@@ -38,15 +38,18 @@ class RecordOperators(TorchDispatchMode):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @cases
-def test_a_twin_in_eval_equals_its_block(case, dtype, layout):
-    plain = build(case, dtype)
+def test_a_twin_in_eval_equals_its_block(case, dtype, layout, device):
+    if (device.type, dtype) == ("cuda", torch.float64):
+        pytest.skip("the CUDA kernels do not compute in float64")
+    plain = build(case, dtype, device)
     twin = twin_of(plain)
-    x = inputs(case, dtype, layout=layout)
+    x = inputs(case, dtype, device, layout)
     with torch.inference_mode():
         expected, actual = plain(*x), twin(*x)
     assert twin.last_forward == "fused"
     assert actual.dtype == dtype
-    assert_close(actual, expected, **block_tolerance(plain, dtype, expected))
+    multiplied_in = "tf32" if (device.type, dtype) == ("cuda", torch.float32) else dtype
+    assert_close(actual, expected, **block_tolerance(plain, multiplied_in, expected))
 
 
 @cases
@@ -169,6 +172,16 @@ def test_autocast_gives_the_plain_dtype_and_values_and_folds_once(case, monkeypa
     assert len(folds) == folded
     assert actual.dtype == expected.dtype == torch.bfloat16
     assert_close(actual, expected, **block_tolerance(plain, torch.bfloat16, expected))
+
+
+def test_autocast_may_come_and_go():
+    twin = twin_of(build(CASES["conv"]))
+    x = inputs(CASES["conv"])
+    with torch.inference_mode():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert twin(*x).dtype == torch.bfloat16
+            assert twin(*x).dtype == torch.float32
 
 
 def count_folds(monkeypatch):
@@ -316,6 +329,14 @@ def test_a_block_that_cannot_be_fused_has_its_reason(reason):
 @pytest.mark.parametrize("block", [ConvBNReLU3d(3, 4, (1, 1, 1)), BasicBlock3d(4, 4), Lateral(4, 5, 8, True)])
 def test_a_twin_is_for_one_kind_of_block(block):
     assert FusedBottleneck3d.reason_against(block).startswith("FusedBottleneck3d does not know the class")
+
+
+@pytest.mark.cuda
+def test_float64_on_a_gpu_runs_plain():
+    twin = twin_of(build(CASES["conv"], torch.float64)).to("cuda")
+    with torch.inference_mode():
+        twin(*inputs(CASES["conv"], torch.float64, "cuda"))
+    assert twin.last_forward == "the CUDA kernels do not compute in float64"
 
 
 def test_a_change_that_rules_fusing_out_is_noticed_in_the_next_forward():
