@@ -140,10 +140,9 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 
 namespace slowfast_ext {
 
-template <typename T>
-float to_float(T value) {
-  return static_cast<float>(value);
-}
+inline float to_float(float value) { return value; }
+inline float to_float(bfloat16 value) { return static_cast<float>(value); }
+inline float to_float(float16 value) { return static_cast<float>(value); }
 
 template <typename T>
 T from_float(float value) {

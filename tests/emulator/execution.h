@@ -225,6 +225,7 @@ class Multiprocessor {
     const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + bytes;
     const auto dynamic = reinterpret_cast<uintptr_t>(shared_);
     if (begin >= dynamic && end <= dynamic + grid.shared_bytes) return true;
+    Unobserved scope;
     if (begin >= static_begin_ && end <= static_end_) return true;
     static_begin_ = begin, static_end_ = end;
     const auto find = [](dl_phdr_info* module, size_t, void* argument) {

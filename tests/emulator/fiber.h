@@ -3,11 +3,11 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <stdexcept>
 
-#if !defined(__x86_64__)
+#ifndef __x86_64__
 #define EMULATOR_UCONTEXT
 #endif
 #ifdef EMULATOR_UCONTEXT

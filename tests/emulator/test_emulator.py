@@ -1,14 +1,11 @@
 """The emulator itself: right toy kernels pass, and each kind of mistake is reported."""
 
-import sys
 from pathlib import Path
 
+import build
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
-import build
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
