@@ -202,7 +202,7 @@ def test_where_can_choose_inner_blocks():
     assert type(stage[0]) is Bottleneck3d
     assert type(stage[0].conv1) is FusedConvBNReLU3d
     rows = {row.name: row for row in explain(model).rows}
-    assert rows["backbone.slow_path.layer1.0"].twin is None
+    assert rows["backbone.slow_path.layer1.0"].outcome == "kept: conv1 is fused by itself"
     assert rows["backbone.slow_path.layer1.0.conv1"].twin == "FusedConvBNReLU3d"
 
 

@@ -114,10 +114,12 @@ class FusedBlock(nn.Module):
 
     @classmethod
     def _children_reason(cls, module: nn.Module) -> str | None:
-        parts = cls._parts(module)
+        parts, fused_part = cls._parts(module), None
         for name, part in parts:
             if name:
-                if TWINS.get(type(part)) is not cls.part_twin:
+                if type(part) is cls.part_twin:
+                    fused_part = fused_part or f"{name} is fused by itself"
+                elif TWINS.get(type(part)) is not cls.part_twin:
                     return f"{name} is a {type(part).__name__}"
                 reason = _call_reason(part)
                 if reason is not None:
@@ -126,7 +128,7 @@ class FusedBlock(nn.Module):
             if reason is not None:
                 return f"{name}.{reason}" if name else reason
         weight = parts[0][1].conv.weight
-        return _backend_reason(weight.device, weight.dtype)
+        return fused_part or _backend_reason(weight.device, weight.dtype)
 
     def _reason_now(self) -> str | None:
         """Why this forward has to be the plain block's, or None."""
