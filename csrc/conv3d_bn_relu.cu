@@ -1,45 +1,15 @@
 // Host side of conv3d_bn_relu: checks, layouts, dispatch. What the operator means is in
 // slowfast_ext/ops/conv3d_bn_relu.py.
 #include <optional>
-#include <string>
-#include <vector>
 
+#include "checks.h"
 #include "common.h"
 #include "conv3d_bn_relu.cuh"
 
 namespace slowfast_ext {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + ")";
-}
-
-std::string text_of(const Sizes& sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + ")";
-}
-
-// The distance between neighbouring pixels if the tensor is a channels-last (N, C, T, H, W) tensor or a slice of some
-// channels of one, else -1. Strides of dimensions of size 1 mean nothing.
-int64_t pixel_pitch(const Tensor& tensor) {
-  if (tensor.size(1) > 1 && tensor.stride(1) != 1) return -1;
-  int64_t pitch = -1, pixels = 1;
-  for (const int dimension : {4, 3, 2, 0}) {
-    if (tensor.size(dimension) == 1) continue;
-    if (pitch < 0) pitch = tensor.stride(dimension) / pixels;
-    if (tensor.stride(dimension) != pitch * pixels) return -1;
-    pixels *= tensor.size(dimension);
-  }
-  if (pitch < 0) return tensor.size(1);  // a single pixel
-  return pitch >= tensor.size(1) ? pitch : -1;
-}
-
-Tensor channels_last(const Tensor& tensor) { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast3d); }
+constexpr const char* kName = "conv3d_bn_relu";
 
 Sizes output_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding) {
   STD_TORCH_CHECK(x.dim() == 5, "conv3d_bn_relu: x must be (N, C, T, H, W), got ", shape_of(x));
@@ -59,23 +29,6 @@ Sizes output_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, c
     shape.push_back((padded - weight.size(2 + i)) / stride[i] + 1);
   }
   return shape;
-}
-
-void check_like_x(const Tensor& tensor, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "conv3d_bn_relu: ", name,
-                  " must be on the device of x, cuda:", x.get_device_index());
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "conv3d_bn_relu: ", name, " must have the dtype of x");
-}
-
-void check_shape(const Tensor& tensor, const char* name, const Sizes& shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
-  STD_TORCH_CHECK(same, "conv3d_bn_relu: ", name, " must be ", text_of(shape), ", got ", shape_of(tensor));
-}
-
-int checked_int(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value <= INT_MAX - 256, "conv3d_bn_relu: ", name, " must be below 2^31 - 256, got ", value);
-  return static_cast<int>(value);
 }
 
 void launch(const Conv3dParameters& p, ScalarType dtype, bool allow_tf32, const Tensor& x) {
@@ -99,30 +52,24 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
                         Tensor out) {
   const Sizes shape = output_shape(x_, weight_, stride, padding);
   const ScalarType dtype = x_.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "conv3d_bn_relu: x must be float32, float16 or bfloat16 on CUDA, got another dtype");
-  check_like_x(weight_, "weight", x_);
-  check_like_x(out, "out", x_);
-  check_shape(out, "out", shape);
+  check_dtype(x_, kName);
+  check_like(weight_, kName, "weight", x_);
+  check_like(out, kName, "out", x_);
+  check_shape(out, kName, "out", shape);
   const int64_t y_pitch = pixel_pitch(out);
   STD_TORCH_CHECK(y_pitch > 0,
                   "conv3d_bn_relu: out must be channels_last_3d or a slice of the channels of such a tensor");
-  if (bias_) {
-    STD_TORCH_CHECK(bias_->is_cuda() && bias_->get_device_index() == x_.get_device_index() &&
-                        bias_->scalar_type() == ScalarType::Float,
-                    "conv3d_bn_relu: bias must be float32 on the device of x");
-    check_shape(*bias_, "bias", {shape[1]});
-  }
+  if (bias_) check_vector(*bias_, kName, "bias", x_, shape[1]);
   if (residual_) {
-    check_like_x(*residual_, "residual", x_);
-    check_shape(*residual_, "residual", shape);
+    check_like(*residual_, kName, "residual", x_);
+    check_shape(*residual_, kName, "residual", shape);
   }
   if (out.numel() == 0) return;
   const DeviceGuard guard(x_.get_device_index());
 
   // Named, so that they outlive the launch. Any strides do for x, but channels far apart are gathered slowly: copy
   // once unless there are only few, as in a stem.
-  const int element = dtype == ScalarType::Float ? 4 : 2;
+  const int64_t element = element_size(x_);
   const Tensor x = x_.stride(1) != 1 && x_.size(1) * element >= 16 ? channels_last(x_) : x_;
   const Tensor weight = channels_last(weight_);
   const Tensor bias = bias_ ? torch::stable::contiguous(*bias_) : weight;
@@ -141,25 +88,26 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
   p.x_stride_w = x.stride(4);
   p.residual_pitch = residual_ ? pixel_pitch(residual) : 0;
   p.y_pitch = y_pitch;
-  p.in_channels = checked_int(x.size(1), "the number of input channels");
-  p.in_t = checked_int(x.size(2), "T");
-  p.in_h = checked_int(x.size(3), "H");
-  p.in_w = checked_int(x.size(4), "W");
-  p.out_channels = checked_int(shape[1], "the number of output channels");
-  p.out_t = checked_int(shape[2], "the output's T");
-  p.out_h = checked_int(shape[3], "the output's H");
-  p.out_w = checked_int(shape[4], "the output's W");
-  p.kernel_t = checked_int(weight.size(2), "kernel_t");
-  p.kernel_h = checked_int(weight.size(3), "kernel_h");
-  p.kernel_w = checked_int(weight.size(4), "kernel_w");
-  p.stride_t = checked_int(stride[0], "stride_t");
-  p.stride_h = checked_int(stride[1], "stride_h");
-  p.stride_w = checked_int(stride[2], "stride_w");
-  p.padding_t = checked_int(padding[0], "padding_t");
-  p.padding_h = checked_int(padding[1], "padding_h");
-  p.padding_w = checked_int(padding[2], "padding_w");
-  p.pixels = checked_int(shape[0] * shape[2] * shape[3] * shape[4], "the number of output pixels");
-  p.reduction = checked_int(weight.size(1) * weight.size(2) * weight.size(3) * weight.size(4), "the size of a filter");
+  p.in_channels = checked_int(kName, x.size(1), "the number of input channels");
+  p.in_t = checked_int(kName, x.size(2), "T");
+  p.in_h = checked_int(kName, x.size(3), "H");
+  p.in_w = checked_int(kName, x.size(4), "W");
+  p.out_channels = checked_int(kName, shape[1], "the number of output channels");
+  p.out_t = checked_int(kName, shape[2], "the output's T");
+  p.out_h = checked_int(kName, shape[3], "the output's H");
+  p.out_w = checked_int(kName, shape[4], "the output's W");
+  p.kernel_t = checked_int(kName, weight.size(2), "kernel_t");
+  p.kernel_h = checked_int(kName, weight.size(3), "kernel_h");
+  p.kernel_w = checked_int(kName, weight.size(4), "kernel_w");
+  p.stride_t = checked_int(kName, stride[0], "stride_t");
+  p.stride_h = checked_int(kName, stride[1], "stride_h");
+  p.stride_w = checked_int(kName, stride[2], "stride_w");
+  p.padding_t = checked_int(kName, padding[0], "padding_t");
+  p.padding_h = checked_int(kName, padding[1], "padding_h");
+  p.padding_w = checked_int(kName, padding[2], "padding_w");
+  p.pixels = checked_int(kName, shape[0] * shape[2] * shape[3] * shape[4], "the number of output pixels");
+  p.reduction =
+      checked_int(kName, weight.size(1) * weight.size(2) * weight.size(3) * weight.size(4), "the size of a filter");
   p.relu = relu;
   p.paired = stores_in_pairs(p, element);
   launch(p, dtype, allow_tf32, x);

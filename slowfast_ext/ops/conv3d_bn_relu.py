@@ -1,10 +1,13 @@
 """``relu(conv3d(x, weight) + bias + residual)`` with the batch norm folded into weight and bias."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import lib
+from .common import accumulator_dtype, check, check_out, refuse_gradients_with_out, register_autocast
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[3] stride, int[3] padding, bool relu, bool allow_tf32"
@@ -64,8 +67,7 @@ def conv3d_bn_relu(
     allow_tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
     if out is None:
         return _operator(x, weight, bias, residual, stride, padding, relu, allow_tf32)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual, out)):
-        raise RuntimeError("conv3d_bn_relu: with out, no argument may require gradients (or use torch.no_grad())")
+    refuse_gradients_with_out("conv3d_bn_relu", x, weight, bias, residual, out)
     _operator_out(x, weight, bias, residual, stride, padding, relu, allow_tf32, out)
     return out
 
@@ -100,12 +102,7 @@ def fold_batch_norm(
     return weight * scale.view(-1, 1, 1, 1, 1), shift
 
 
-def _bias_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check(condition: bool, argument: str, expected: str, actual: object) -> None:
-    torch._check(condition, lambda: f"conv3d_bn_relu: {argument} must be {expected}, got {actual}")
+_check = partial(check, "conv3d_bn_relu")
 
 
 def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
@@ -140,37 +137,16 @@ def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
     if residual is not None:
         _check(tuple(residual.shape) == tuple(shape), "residual", tuple(shape), tuple(residual.shape))
     if bias is not None:
-        _check(bias.dtype == _bias_dtype(x), "bias", _bias_dtype(x), bias.dtype)
+        _check(bias.dtype == accumulator_dtype(x), "bias", accumulator_dtype(x), bias.dtype)
         _check(bias.device == x.device, "bias", f"on the device of x, {x.device}", bias.device)
         _check(tuple(bias.shape) == (weight.shape[0],), "bias", f"({weight.shape[0]},)", tuple(bias.shape))
     return shape
 
 
-def _has_pixels(tensor) -> bool:
-    """Channels side by side and pixels at one distance: channels_last_3d, or some channels of such a tensor."""
-    sizes, strides = tensor.shape, tensor.stride()
-    distance, pixels = None, 1
-    for dimension in (4, 3, 2, 0):
-        if sizes[dimension] != 1:
-            distance = strides[dimension] // pixels if distance is None else distance
-            if strides[dimension] != distance * pixels:
-                return False
-            pixels = pixels * sizes[dimension]
-    return (sizes[1] == 1 or strides[1] == 1) and (distance is None or distance >= sizes[1])
-
-
-def _check_out(x, out, shape) -> None:
-    _check(out.device == x.device, "out", f"on the device of x, {x.device}", out.device)
-    _check(out.dtype == x.dtype, "out", f"in the dtype of x, {x.dtype}", out.dtype)
-    _check(tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
-    layout = "channels_last_3d or a slice of the channels of such a tensor"
-    _check(_has_pixels(out), "out", layout, f"strides {tuple(out.stride())}")
-
-
 def conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
     _output_shape(x, weight, bias, residual, stride, padding)
-    y = F.conv3d(x, weight, None, stride, padding).to(_bias_dtype(x))
+    y = F.conv3d(x, weight, None, stride, padding).to(accumulator_dtype(x))
     if bias is not None:
         y = y + bias.view(-1, 1, 1, 1)
     if residual is not None:
@@ -203,7 +179,7 @@ def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> 
 
 def _into(implementation):
     def into(x, weight, bias, residual, stride, padding, relu, allow_tf32, out) -> None:
-        _check_out(x, out, _output_shape(x, weight, bias, residual, stride, padding))
+        check_out("conv3d_bn_relu", x, out, _output_shape(x, weight, bias, residual, stride, padding))
         out.copy_(implementation(x, weight, bias, residual, stride, padding, relu))
 
     return into
@@ -223,7 +199,7 @@ def _fake(x, weight, bias, residual, stride, padding, relu, allow_tf32):
 
 @torch.library.register_fake("slowfast_ext::conv3d_bn_relu.out", lib=lib)
 def _fake_into(x, weight, bias, residual, stride, padding, relu, allow_tf32, out):
-    _check_out(x, out, _output_shape(x, weight, bias, residual, stride, padding))
+    check_out("conv3d_bn_relu", x, out, _output_shape(x, weight, bias, residual, stride, padding))
 
 
 def _setup_context(ctx, inputs, output):
@@ -259,28 +235,5 @@ def _backward(ctx, grad):
 torch.library.register_autograd("slowfast_ext::conv3d_bn_relu", _backward, setup_context=_setup_context, lib=lib)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    """Cast what flows through the convolution, never the bias: torch.library.register_autocast would cast all."""
-    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor, dtype):
-        return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
-
-    def call(operator, dtype, x, weight, bias, residual, *rest):
-        with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return operator(
-                cast(x, dtype), cast(weight, dtype), cast(bias, torch.float32), cast(residual, dtype), *rest
-            )
-
-    def functional(*arguments):
-        return call(_operator, torch.get_autocast_dtype(device_type), *arguments)
-
-    def into(*arguments):
-        call(_operator_out, arguments[-1].dtype, *arguments)  # the buffer is there already
-
-    lib.impl("conv3d_bn_relu", functional, key)
-    lib.impl("conv3d_bn_relu.out", into, key)
-
-
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
+for _overload in (_operator, _operator_out):
+    register_autocast(_overload, cast=("x", "weight", "residual"))

@@ -1,0 +1,72 @@
+"""What the operators share: the wording of errors, the dtype of sums, the autocast rule."""
+
+import torch
+from torch import Tensor
+
+from .._library import lib
+
+
+def check(operator: str, condition: bool, argument: str, expected: object, actual: object) -> None:
+    """Raise RuntimeError unless ``condition``; usable in fake kernels."""
+    torch._check(condition, lambda: f"{operator}: {argument} must be {expected}, got {actual}")
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """What sums over ``x`` are kept in, and biases are given in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def has_pixels(tensor: Tensor) -> bool:
+    """Channels side by side and pixels at one distance: channels_last_3d, or some channels of such a tensor."""
+    sizes, strides = tensor.shape, tensor.stride()
+    distance, pixels = None, 1
+    for dimension in (4, 3, 2, 0):
+        if sizes[dimension] != 1:
+            distance = strides[dimension] // pixels if distance is None else distance
+            if strides[dimension] != distance * pixels:
+                return False
+            pixels = pixels * sizes[dimension]
+    return (sizes[1] == 1 or strides[1] == 1) and (distance is None or distance >= sizes[1])
+
+
+def check_out(operator: str, x: Tensor, out: Tensor, shape: list[int]) -> None:
+    """``out`` can be written: device, dtype, shape and layout."""
+    check(operator, out.device == x.device, "out", f"on the device of x, {x.device}", out.device)
+    check(operator, out.dtype == x.dtype, "out", f"in the dtype of x, {x.dtype}", out.dtype)
+    check(operator, tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
+    layout = "channels_last_3d or a slice of the channels of such a tensor"
+    check(operator, has_pixels(out), "out", layout, f"strides {tuple(out.stride())}")
+
+
+def refuse_gradients_with_out(operator: str, *tensors: Tensor | None) -> None:
+    """An operator that writes into ``out`` has no gradient; say so instead of returning wrong ones."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{operator}: with out, no argument may require gradients (or use torch.no_grad())")
+
+
+def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...]) -> None:
+    """Under autocast, cast the arguments named in ``cast`` and keep the other floating-point ones in float32.
+
+    torch.library.register_autocast would cast all, biases too. With an argument ``out`` its dtype takes the place of
+    autocast's: the buffer is there already.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def convert(argument, dtype):
+        floating = isinstance(argument, Tensor) and argument.is_floating_point()
+        return argument.to(dtype) if floating else argument
+
+    def register(device_type, key):
+        exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*arguments):
+            given = dict(zip(names, arguments, strict=True))
+            dtype = given["out"].dtype if "out" in given else torch.get_autocast_dtype(device_type)
+            dtypes = {name: dtype if name in (*cast, "out") else torch.float32 for name in names}
+            with torch._C._ExcludeDispatchKeyGuard(exclude):
+                return operator(*(convert(argument, dtypes[name]) for name, argument in given.items()))
+
+        lib.impl(operator, kernel, key)
+
+    register("cuda", "AutocastCUDA")
+    register("cpu", "AutocastCPU")
