@@ -151,11 +151,11 @@ class Multiprocessor {
       threads_[i].finished = false;
       wake(threads_[i]);
     }
-    happens_before(&block);
+    happens_before(&begin_);
     running = next_ready();
     host_.switch_to(running->fiber);
     running = nullptr;
-    happens_after(&block);
+    happens_after(&end_);
     if (error_) std::rethrow_exception(error_);
     if (unfinished_) throw std::runtime_error(deadlock());
   }
@@ -305,7 +305,7 @@ class Multiprocessor {
     Multiprocessor& multiprocessor = *self.multiprocessor;
     self.fiber.arrived();
     for (;;) {
-      happens_after(&multiprocessor.block);
+      happens_after(&multiprocessor.begin_);
       std::exception_ptr error;
       try {
         multiprocessor.grid.kernel();
@@ -315,7 +315,7 @@ class Multiprocessor {
       } catch (...) {
         error = std::current_exception();
       }
-      happens_before(&multiprocessor.block);
+      happens_before(&multiprocessor.end_);
       {
         Unobserved scope;
         self.finished = true;
@@ -363,6 +363,7 @@ class Multiprocessor {
   size_t unfinished_ = 0;
   uint64_t random_ = 0;
   std::exception_ptr error_;
+  char begin_ = 0, end_ = 0;  // edges from and to run_block(); one for both would order a thread after those that ended
 };
 
 // A number from the environment.
