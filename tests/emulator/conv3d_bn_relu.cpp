@@ -74,4 +74,12 @@ void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) { module.def("conv3d_bn_relu", &conv3d_bn_relu); }
+// Of the last launch: ldmatrix instructions, and those of their 8x8 matrices that met a bank twice.
+std::pair<uint64_t, uint64_t> statistics() {
+  return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
+}
+
+PYBIND11_MODULE(MODULE_NAME, module) {
+  module.def("conv3d_bn_relu", &conv3d_bn_relu);
+  module.def("statistics", &statistics);
+}
