@@ -202,6 +202,10 @@ def test_a_lateral_with_inputs_of_two_dtypes_promotes_as_concatenation_does():
         expected, actual = plain(slow, fast), twin(slow, fast)
     assert actual.dtype == expected.dtype == torch.float32
     assert_close(actual, expected, **block_tolerance(plain, torch.bfloat16, expected))
+    with torch.inference_mode():
+        expected, actual = plain(slow.bfloat16(), fast), twin(slow.bfloat16(), fast)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert_close(actual, expected, **block_tolerance(plain, torch.float32, expected))
 
 
 def test_inputs_may_be_given_by_name():
