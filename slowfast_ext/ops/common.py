@@ -45,7 +45,7 @@ def refuse_gradients_with_out(operator: str, *tensors: Tensor | None) -> None:
 
 
 def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...]) -> None:
-    """Under autocast, cast the arguments named in ``cast`` and keep the other floating-point ones in float32.
+    """Under autocast, cast the arguments named in ``cast``, the other floating-point ones to float32; never float64.
 
     torch.library.register_autocast would cast all, biases too. With an argument ``out`` its dtype takes the place of
     autocast's: the buffer is there already.
@@ -53,8 +53,8 @@ def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...]) ->
     names = [argument.name for argument in operator._schema.arguments]
 
     def convert(argument, dtype):
-        floating = isinstance(argument, Tensor) and argument.is_floating_point()
-        return argument.to(dtype) if floating else argument
+        castable = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(dtype) if castable else argument
 
     def register(device_type, key):
         exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
