@@ -9,6 +9,7 @@ from small_networks import lively_model, small_config
 from slowfast_ext.checkpoints import convert, load_checkpoint
 from slowfast_ext.checkpoints.settings import CONFIG_ENTRY
 from slowfast_ext.cli import convert as command
+from slowfast_ext.cli import main
 
 
 @pytest.fixture
@@ -86,8 +87,9 @@ def test_command_prints_the_report(source, tmp_path, capsys):
 
 
 def test_command_fails_with_the_reason(source, tmp_path, capsys):
-    assert run(tmp_path / "missing.pth", tmp_path / "out.pth") == 1
-    assert run(source, tmp_path / "out.txt") == 1
-    errors = capsys.readouterr().err
-    assert "existing file" in errors
-    assert "must end in" in errors
+    for arguments, reason in (
+        ((tmp_path / "missing.pth", tmp_path / "out.pth"), "existing file"),
+        ((source, tmp_path / "out.txt"), "must end in"),
+    ):
+        assert main(["convert", *map(str, arguments)]) == 2
+        assert reason in capsys.readouterr().err
