@@ -50,6 +50,14 @@ inline void check_dtype(const Tensor& x, const char* op) {
                   ": x must be float32, float16 or bfloat16 on CUDA, got another dtype");
 }
 
+// Older GPUs have neither cp.async nor bfloat16 tensor cores.
+inline void check_capability(const Tensor& x, const char* op) {
+  int major = 0, minor = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index()));
+  STD_TORCH_CHECK(major >= 8, op, ": x must be on a GPU of compute capability 8.0 or newer, got ", major, ".", minor);
+}
+
 // For kernels that count in 32 bits; 256 below the end, so that rounding up to a tile cannot overflow.
 inline int checked_int(const char* op, int64_t value, const char* name) {
   STD_TORCH_CHECK(value <= INT_MAX - 256, op, ": ", name, " must be at most 2^31 - 257, got ", value);

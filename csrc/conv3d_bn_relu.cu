@@ -52,6 +52,7 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
                         Tensor out) {
   const Sizes shape = output_shape(x_, weight_, stride, padding);
   const ScalarType dtype = x_.scalar_type();
+  check_capability(x_, kName);
   check_dtype(x_, kName);
   check_like(weight_, kName, "weight", x_);
   check_like(out, kName, "out", x_);

@@ -297,6 +297,20 @@ def test_bad_arguments_are_named(change, message, device):
         ops.conv3d_bn_relu(**arguments)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "residual", "out"])
+def test_tensors_on_two_devices_are_named(name):
+    arguments = {
+        "x": torch.zeros(X, device="meta"),
+        "weight": torch.zeros(WEIGHT, device="meta"),
+        "bias": torch.zeros(16, device="meta"),
+        "residual": torch.zeros(2, 16, 4, 3, 3, device="meta"),
+        "out": torch.zeros(2, 16, 4, 3, 3, device="meta").to(memory_format=torch.channels_last_3d),
+    }
+    arguments[name] = torch.zeros(arguments[name].shape)
+    with pytest.raises(RuntimeError, match=f"conv3d_bn_relu: {name} must be on the device of x, meta, got cpu"):
+        ops.conv3d_bn_relu(**arguments)
+
+
 @pytest.mark.cuda
 def test_bad_devices_and_layouts_are_named_on_cuda():
     x, weight = torch.zeros(X, device="cuda"), torch.zeros(WEIGHT, device="cuda")
