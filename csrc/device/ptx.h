@@ -103,7 +103,47 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The larger of each 16-bit pair, or of two float32 values, held in 32 bits; NaN if either is.
+__device__ __forceinline__ uint32_t max_nan(uint32_t a, uint32_t b, bfloat16) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+__device__ __forceinline__ uint32_t max_nan(uint32_t a, uint32_t b, float16) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+__device__ __forceinline__ uint32_t max_nan(uint32_t a, uint32_t b, float) {
+  uint32_t larger;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// Two 16-bit elements in one register, the first in the low half; pack rounds to nearest even.
+__device__ __forceinline__ uint32_t pack(float first, float second, bfloat16) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+__device__ __forceinline__ uint32_t pack(float first, float second, float16) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t bits, bfloat16) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t bits, float16) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
 
 // The nearest tf32 value (10 fraction bits), ties away from zero, as float32 bits.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {

@@ -311,7 +311,36 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
                         [](uint32_t word, int) { return emulator::bit_cast<float>(word & 0xffffe000u); });
 }
 
+// Every NaN that comes out is the canonical one, as on the GPU.
+inline uint32_t max_nan(uint32_t a, uint32_t b, float) {
+  const float first = emulator::bit_cast<float>(a), second = emulator::bit_cast<float>(b);
+  if (first != first || second != second) return 0x7fffffffu;
+  return first > second ? a : b;
+}
+
+template <typename T>
+uint32_t max_nan(uint32_t a, uint32_t b, T) {
+  uint32_t larger = 0;
+  for (int i = 0; i < 2; ++i) {
+    const float first = emulator::DecodeHalf<T>()(a, i), second = emulator::DecodeHalf<T>()(b, i);
+    const uint32_t bits = first != first || second != second ? 0x7fffu : (first > second ? a : b) >> 16 * i & 0xffffu;
+    larger |= bits << 16 * i;
+  }
+  return larger;
+}
+
 inline float bits_to_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
+
+template <typename T>
+uint32_t pack(float first, float second, T) {
+  return T(first).bits | static_cast<uint32_t>(T(second).bits) << 16;
+}
+
+template <typename T>
+float2 unpack(uint32_t bits, T) {
+  const emulator::DecodeHalf<T> decode;
+  return make_float2(decode(bits, 0), decode(bits, 1));
+}
 
 inline uint32_t round_to_tf32(float value) {
   const uint32_t bits = emulator::bit_cast<uint32_t>(value);
