@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
@@ -77,7 +78,7 @@ def build(name, sources, *, sanitizer=None, defines=(), csrc=CSRC):
     library = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")
+        partial = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         command += [*(f"-I{folder}" for folder in includes), *map(str, sources), "-o", str(partial)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

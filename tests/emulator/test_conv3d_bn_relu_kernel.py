@@ -67,6 +67,7 @@ def builds():
 
 @pytest.fixture(scope="module")
 def kernel(builds):
+    builds["plain"].result()  # else load would compile it a second time
     return build.load("conv3d_bn_relu", BINDING)
 
 
