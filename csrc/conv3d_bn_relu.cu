@@ -31,18 +31,23 @@ Sizes output_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, c
   return shape;
 }
 
-void launch(const Conv3dParameters& p, ScalarType dtype, bool allow_tf32, const Tensor& x) {
+void launch(const Conv3dParameters& p, bool allow_tf32, const Tensor& x) {
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  const Conv3dPlan plan = plan_conv3d_bn_relu(p, element_size(x), multiprocessors);
+  // Freed after the launch, but only to the allocator of this stream: no later use can overtake the kernels.
+  const Tensor partial =
+      torch::stable::empty({partial_size(p, plan.splits)}, ScalarType::Float, std::nullopt, x.device());
+  float* sums = partial.mutable_data_ptr<float>();
   const cudaStream_t stream = current_stream(x);
-  if (dtype == ScalarType::BFloat16) {
-    launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, TileShape::kAuto, multiprocessors, stream);
-  } else if (dtype == ScalarType::Half) {
-    launch_conv3d_bn_relu<HalfMath<float16>>(p, TileShape::kAuto, multiprocessors, stream);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, plan, sums, stream);
+  } else if (x.scalar_type() == ScalarType::Half) {
+    launch_conv3d_bn_relu<HalfMath<float16>>(p, plan, sums, stream);
   } else if (allow_tf32) {
-    launch_conv3d_bn_relu<Tf32Math>(p, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<Tf32Math>(p, plan, sums, stream);
   } else {
-    launch_conv3d_bn_relu<SplitTf32Math>(p, TileShape::kAuto, multiprocessors, stream);
+    launch_conv3d_bn_relu<SplitTf32Math>(p, plan, sums, stream);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -110,8 +115,8 @@ void conv3d_bn_relu_out(const Tensor& x_, const Tensor& weight_, const std::opti
   p.reduction =
       checked_int(kName, weight.size(1) * weight.size(2) * weight.size(3) * weight.size(4), "the size of a filter");
   p.relu = relu;
-  p.paired = stores_in_pairs(p, element);
-  launch(p, dtype, allow_tf32, x);
+  p.wide = is_wide(p, element);
+  launch(p, allow_tf32, x);
 }
 
 Tensor conv3d_bn_relu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

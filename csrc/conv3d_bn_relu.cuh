@@ -30,7 +30,10 @@ struct Conv3dParameters {
   int pixels;     // N * out_t * out_h * out_w
   int reduction;  // kernel_t * kernel_h * kernel_w * in_channels
   bool relu;
-  bool paired;  // y and residual can be accessed two channels at a time
+  bool wide;       // y and residual can be accessed 16 bytes at a time
+  int splits;      // blocks that share a tile's reduction
+  float* partial;  // with several splits: their sums, (splits, pixels, partial_pitch)
+  int partial_pitch;
 };
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
@@ -43,9 +46,10 @@ inline bool copies_in_chunks(const Conv3dParameters& p, int element_bytes) {
          p.x_stride_w % chunk == 0;
 }
 
-inline bool stores_in_pairs(const Conv3dParameters& p, int element_bytes) {
-  return p.y_pitch % 2 == 0 && is_aligned(p.y, 2 * element_bytes) && p.residual_pitch % 2 == 0 &&
-         is_aligned(p.residual, 2 * element_bytes);
+// Whether 8 channels of y and residual, from a multiple of 8 on, are always aligned to 16 bytes.
+inline bool is_wide(const Conv3dParameters& p, int element_bytes) {
+  const int chunk = 16 / element_bytes;
+  return p.y_pitch % chunk == 0 && is_aligned(p.y, 16) && p.residual_pitch % chunk == 0 && is_aligned(p.residual, 16);
 }
 
 // How a 16 x 8 fragment grows by a 32-byte wide slice of the reduction.
@@ -99,6 +103,9 @@ struct Tile {
   static constexpr int kRowStep = kThreads / kRowChunks;
   static constexpr int kPixelRows = kPixels / kRowStep;
   static constexpr int kChannelRows = (kChannels + kRowStep - 1) / kRowStep;
+  // In the epilogue each warp turns 16 pixels x kWarpChannels sums around in shared memory, rows 8 floats apart.
+  static constexpr int kSlabPitch = kWarpChannels + 8;
+  static_assert(kThreads / 32 * 16 * kSlabPitch * int(sizeof(float)) <= kSharedBytes, "the sums reuse the stages");
   static_assert(kWarpPixels % 16 == 0 && kWarpChannels % 16 == 0, "a warp multiplies whole 16 x 16 fragments");
   static_assert(kPixels % kRowStep == 0, "every thread fills the same number of pixel rows");
   static_assert(kSharedBytes <= 48 * 1024, "what every GPU gives without asking");
@@ -168,17 +175,17 @@ class StageLoader {
  public:
   static constexpr int kChunk = 16 / sizeof(Element), kStep = Tile::kRowBytes / sizeof(Element);
 
-  __device__ __forceinline__ StageLoader(const Conv3dParameters& p, int first_pixel, int first_channel)
+  __device__ __forceinline__ StageLoader(const Conv3dParameters& p, int first_pixel, int first_channel, int first_step)
       : p_(p),
         column_(threadIdx.x % Tile::kRowChunks),
         row_(threadIdx.x / Tile::kRowChunks),
-        weight_k_(column_ * kChunk) {
+        weight_k_(first_step * kStep + column_ * kChunk) {
 #pragma unroll
     for (int i = 0; i < Tile::kPixelRows; ++i) {
       windows_[i] = InputWindow<Element>(first_pixel + row_ + i * Tile::kRowStep, p);
     }
     channel_ = first_channel + row_;
-    at_.advance(column_ * kChunk, p);
+    at_.advance(weight_k_, p);
   }
 
   __device__ __forceinline__ void load(unsigned char* stage) {
@@ -244,37 +251,49 @@ struct alignas(2 * sizeof(Element)) ElementPair {
   Element first, second;
 };
 
-// Bias, residual, relu and the one rounding, for the two neighbouring channels that a fragment row holds per thread.
+// 8 channels of a pixel.
+constexpr int kOutputChunk = 8;
+
+// Bias, residual, relu and the one rounding.
 template <typename Element>
-__device__ __forceinline__ void store_pair(const Conv3dParameters& p, int pixel, int channel, float first,
-                                           float second) {
-  if (channel >= p.out_channels) return;
-  const bool two = channel + 1 < p.out_channels, paired = two && p.paired;
+__device__ __forceinline__ void store_chunk(const Conv3dParameters& p, int pixel, int channel,
+                                            float (&sum)[kOutputChunk]) {
+  const int channels = p.out_channels - channel;  // that exist, from this one on
+  const bool wide = p.wide && channels >= kOutputChunk;
+  alignas(16) Element values[kOutputChunk];
+  constexpr int kPieces = sizeof(values) / 16;
   if (p.bias) {
-    first += p.bias[channel];
-    if (two) second += p.bias[channel + 1];
+#pragma unroll
+    for (int i = 0; i < kOutputChunk; ++i) sum[i] += i < channels ? p.bias[channel + i] : 0.f;
   }
   if (p.residual) {
     const Element* residual = static_cast<const Element*>(p.residual) + pixel * p.residual_pitch + channel;
-    if (paired) {
-      const ElementPair<Element> pair = *reinterpret_cast<const ElementPair<Element>*>(residual);
-      first += to_float(pair.first);
-      second += to_float(pair.second);
+    if (wide) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(residual)[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kOutputChunk; ++i) sum[i] += to_float(values[i]);
     } else {
-      first += to_float(residual[0]);
-      if (two) second += to_float(residual[1]);
+#pragma unroll
+      for (int i = 0; i < kOutputChunk; ++i) sum[i] += i < channels ? to_float(residual[i]) : 0.f;
     }
   }
-  if (p.relu) {  // written so that NaN stays NaN
-    first = first < 0.f ? 0.f : first;
-    second = second < 0.f ? 0.f : second;
+#pragma unroll
+  for (int i = 0; i < kOutputChunk; ++i) {
+    if (p.relu) sum[i] = sum[i] < 0.f ? 0.f : sum[i];  // written so that NaN stays NaN
+    values[i] = from_float<Element>(sum[i]);
   }
   Element* y = static_cast<Element*>(p.y) + pixel * p.y_pitch + channel;
-  if (paired) {
-    *reinterpret_cast<ElementPair<Element>*>(y) = {from_float<Element>(first), from_float<Element>(second)};
+  if (wide) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) reinterpret_cast<uint4*>(y)[i] = reinterpret_cast<const uint4*>(values)[i];
   } else {
-    y[0] = from_float<Element>(first);
-    if (two) y[1] = from_float<Element>(second);
+#pragma unroll
+    for (int i = 0; i < kOutputChunk; ++i) {
+      if (i < channels) y[i] = values[i];
+    }
   }
 }
 
@@ -287,14 +306,17 @@ __global__ void __launch_bounds__(Tile::kThreads) conv3d_bn_relu_kernel(const Co
 
   // Blocks that share pixels are neighbours, so that x is read from memory once and then from L2.
   const int channel_tiles = (p.out_channels + Tile::kChannels - 1) / Tile::kChannels;
-  const int first_pixel = blockIdx.x / channel_tiles * Tile::kPixels;
-  const int first_channel = blockIdx.x % channel_tiles * Tile::kChannels;
+  const int split = blockIdx.x % p.splits, tile = blockIdx.x / p.splits;
+  const int first_pixel = tile / channel_tiles * Tile::kPixels;
+  const int first_channel = tile % channel_tiles * Tile::kChannels;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_pixel = warp / Tile::kWarpsChannels * Tile::kWarpPixels;
   const int warp_channel = warp % Tile::kWarpsChannels * Tile::kWarpChannels;
 
-  Loader loader(p, first_pixel, first_channel);
-  const int steps = (p.reduction + Loader::kStep - 1) / Loader::kStep;
+  const int all_steps = (p.reduction + Loader::kStep - 1) / Loader::kStep;
+  const int first_step = int64_t(all_steps) * split / p.splits;
+  const int steps = int64_t(all_steps) * (split + 1) / p.splits - first_step;
+  Loader loader(p, first_pixel, first_channel, first_step);
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     if (step < steps) loader.load(shared + step * Tile::kStageBytes);
     ptx::cp_async_commit();
@@ -334,61 +356,173 @@ __global__ void __launch_bounds__(Tile::kThreads) conv3d_bn_relu_kernel(const Co
     }
   }
 
+  __syncthreads();  // all have read the last stage, the sums go where the stages were
+  float* slab = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kSlabPitch;
+  constexpr int kRowChunks = Tile::kWarpChannels / kOutputChunk, kRowsAtOnce = 32 / kRowChunks;
+  const int chunk = lane % kRowChunks;
 #pragma unroll
   for (int i = 0; i < kPixelFragments; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = first_pixel + warp_pixel + i * 16 + half * 8 + lane / 4;
-      if (pixel >= p.pixels) continue;
+    for (int j = 0; j < kChannelFragments; ++j) {
+      float* corner = slab + lane / 4 * Tile::kSlabPitch + j * 8 + lane % 4 * 2;
+      *reinterpret_cast<ElementPair<float>*>(corner) = {sum[i][j][0], sum[i][j][1]};
+      *reinterpret_cast<ElementPair<float>*>(corner + 8 * Tile::kSlabPitch) = {sum[i][j][2], sum[i][j][3]};
+    }
+    __syncwarp();
 #pragma unroll
-      for (int j = 0; j < kChannelFragments; ++j) {
-        store_pair<Element>(p, pixel, first_channel + warp_channel + j * 8 + lane % 4 * 2, sum[i][j][half * 2],
-                            sum[i][j][half * 2 + 1]);
+    for (int first = 0; first < 16; first += kRowsAtOnce) {
+      const int row = first + lane / kRowChunks;
+      const int pixel = first_pixel + warp_pixel + i * 16 + row;
+      const int channel = first_channel + warp_channel + chunk * kOutputChunk;
+      alignas(16) float values[kOutputChunk];
+      // Odd rows begin with their second half, so that 8 lanes meet each bank once.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int part = half ^ (row & 1);
+        const uint4 four =
+            *reinterpret_cast<const uint4*>(slab + row * Tile::kSlabPitch + chunk * kOutputChunk + part * 4);
+        values[half * 4] = ptx::bits_to_float(four.x);
+        values[half * 4 + 1] = ptx::bits_to_float(four.y);
+        values[half * 4 + 2] = ptx::bits_to_float(four.z);
+        values[half * 4 + 3] = ptx::bits_to_float(four.w);
+      }
+      if (row & 1) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float swapped = values[k];
+          values[k] = values[k + 4];
+          values[k + 4] = swapped;
+        }
+      }
+      if (pixel >= p.pixels || channel >= p.out_channels) continue;
+      if (p.splits == 1) {
+        store_chunk<Element>(p, pixel, channel, values);
+      } else {
+        float* partial = p.partial + (int64_t(split) * p.pixels + pixel) * p.partial_pitch + channel;
+        reinterpret_cast<uint4*>(partial)[0] = reinterpret_cast<const uint4*>(values)[0];
+        reinterpret_cast<uint4*>(partial)[1] = reinterpret_cast<const uint4*>(values)[1];
       }
     }
+    __syncwarp();
   }
 }
 
-enum class TileShape { kAuto, k128x128, k64x64, k128x32, k128x16 };
+// Adds what the splits of the reduction found, in their order, so that the result is the same each time.
+template <typename Element>
+__global__ void __launch_bounds__(128) conv3d_bn_relu_reduce_kernel(const Conv3dParameters p) {
+  const int chunks = p.partial_pitch / kOutputChunk;
+  const int64_t index = int64_t(blockIdx.x) * 128 + threadIdx.x;
+  if (index >= int64_t(p.pixels) * chunks) return;
+  const int pixel = index / chunks, channel = index % chunks * kOutputChunk;
+  float sum[kOutputChunk] = {};
+  for (int split = 0; split < p.splits; ++split) {
+    const float* partial = p.partial + (int64_t(split) * p.pixels + pixel) * p.partial_pitch + channel;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = reinterpret_cast<const uint4*>(partial)[half];
+      sum[half * 4] += ptx::bits_to_float(four.x);
+      sum[half * 4 + 1] += ptx::bits_to_float(four.y);
+      sum[half * 4 + 2] += ptx::bits_to_float(four.z);
+      sum[half * 4 + 3] += ptx::bits_to_float(four.w);
+    }
+  }
+  store_chunk<Element>(p, pixel, channel, sum);
+}
 
-// Narrow tiles for the narrow layers of the Fast pathway; for the others the largest that still gives every
-// multiprocessor a tile.
-inline TileShape choose_tile(const Conv3dParameters& p, bool vector, int multiprocessors) {
-  if (p.out_channels <= 16) return TileShape::k128x16;
-  if (!vector) return TileShape::k64x64;
-  if (p.out_channels <= 32) return TileShape::k128x32;
-  const int64_t large_tiles = (int64_t(p.pixels) + 127) / 128 * ((p.out_channels + 127) / 128);
-  return p.out_channels > 64 && large_tiles >= multiprocessors ? TileShape::k128x128 : TileShape::k64x64;
+enum class TileShape { k128x128, k128x64, k64x64, k128x32, k128x16 };
+
+using LargeTile = Tile<128, 128, 2, 4, 3>;
+using TallTile = Tile<128, 64, 2, 2, 4>;
+using MediumTile = Tile<64, 64, 2, 2, 4>;
+using NarrowTile = Tile<128, 32, 4, 1, 4>;
+using ThinTile = Tile<128, 16, 4, 1, 4>;
+
+// What is launched: a tile, and how many blocks share the reduction of each.
+struct Conv3dPlan {
+  TileShape tile;
+  int splits;
+};
+
+// Clocks that a tile takes for each element of the reduction: the slowest of multiplying (1054 multiply-adds a clock on
+// tensor cores in 16 bits, half of that in float32), ldmatrix (128 bytes a clock) and filling stages from L2 (24 bytes
+// a clock and multiprocessor). From an H200's ceilings of mma.sync, shared memory and L2; only their ratios matter
+// here.
+template <typename Tile>
+double clocks_per_term(const Conv3dParameters& p, int element_bytes) {
+  const double multiply = double(Tile::kPixels) * Tile::kChannels / (element_bytes == 2 ? 1054 : 527);
+  const double warps = Tile::kThreads / 32;
+  const double ldmatrix = warps * (Tile::kWarpPixels + Tile::kWarpChannels) * element_bytes / 128.;
+  const int channels = p.out_channels < Tile::kChannels ? p.out_channels : Tile::kChannels;
+  const double fill = double(Tile::kPixels + channels) * element_bytes / 24;
+  const double slowest = multiply > ldmatrix ? multiply : ldmatrix;
+  return slowest > fill ? slowest : fill;
+}
+
+// The plan in which the busiest multiprocessor is done first. A split writes and reads its sums once more.
+inline Conv3dPlan plan_conv3d_bn_relu(const Conv3dParameters& p, int element_bytes, int multiprocessors) {
+  const bool vector = copies_in_chunks(p, element_bytes);
+  const int steps = (p.reduction * element_bytes + 63) / 64;
+  Conv3dPlan best{};
+  double best_clocks = 0;
+  const auto consider = [&](auto tile, TileShape shape) {
+    using Tile = decltype(tile);
+    const int64_t tiles = (int64_t(p.pixels) + Tile::kPixels - 1) / Tile::kPixels *
+                          ((p.out_channels + Tile::kChannels - 1) / Tile::kChannels);
+    const double term = clocks_per_term<Tile>(p, element_bytes);
+    for (int splits = 1; splits <= 16 && (splits == 1 || splits * 4 <= steps); splits *= 2) {
+      const int64_t rounds = (tiles * splits + multiprocessors - 1) / multiprocessors;
+      double clocks = double(rounds) * (double(p.reduction) / splits * term + 500);  // 500: to fill and to drain
+      if (splits > 1) {
+        clocks += 3000 + 8. * splits * p.pixels * p.out_channels / (24. * multiprocessors);  // the second launch
+      }
+      if (best_clocks == 0 || clocks < best_clocks) best = {shape, splits}, best_clocks = clocks;
+    }
+  };
+  consider(ThinTile{}, TileShape::k128x16);
+  consider(MediumTile{}, TileShape::k64x64);
+  if (vector) consider(NarrowTile{}, TileShape::k128x32);
+  if (vector) consider(TallTile{}, TileShape::k128x64);
+  if (vector) consider(LargeTile{}, TileShape::k128x128);
+  return best;
+}
+
+// Floats that p.partial must have room for, aligned to 16 bytes.
+inline int64_t partial_size(const Conv3dParameters& p, int splits) {
+  return splits == 1 ? 0 : int64_t(splits) * p.pixels * ((p.out_channels + 7) / 8 * 8);
 }
 
 template <typename Math, typename Tile, bool kVector>
 void launch_conv3d_bn_relu_tile(const Conv3dParameters& p, cudaStream_t stream) {
   const unsigned blocks = (unsigned(p.pixels) + Tile::kPixels - 1) / Tile::kPixels *
-                          ((p.out_channels + Tile::kChannels - 1) / Tile::kChannels);
+                          ((p.out_channels + Tile::kChannels - 1) / Tile::kChannels) * p.splits;
   launch_kernel(conv3d_bn_relu_kernel<Math, Tile, kVector>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, p);
+  if (p.splits == 1) return;
+  const int64_t chunks = int64_t(p.pixels) * p.partial_pitch / kOutputChunk;
+  launch_kernel(conv3d_bn_relu_reduce_kernel<typename Math::Element>, unsigned((chunks + 127) / 128), 128u, size_t(0),
+                stream, p);
 }
 
+// `partial`: partial_size() floats.
 template <typename Math>
-void launch_conv3d_bn_relu(const Conv3dParameters& p, TileShape tile, int multiprocessors, cudaStream_t stream) {
-  using Large = Tile<128, 128, 2, 4, 3>;
-  using Medium = Tile<64, 64, 2, 2, 4>;
-  using Narrow = Tile<128, 32, 4, 1, 4>;
-  using Thin = Tile<128, 16, 4, 1, 4>;
-  const bool vector = copies_in_chunks(p, sizeof(typename Math::Element));
-  if (tile == TileShape::kAuto) tile = choose_tile(p, vector, multiprocessors);
-  if (!vector) {
-    if (tile == TileShape::k128x16) return launch_conv3d_bn_relu_tile<Math, Thin, false>(p, stream);
-    return launch_conv3d_bn_relu_tile<Math, Medium, false>(p, stream);
+void launch_conv3d_bn_relu(Conv3dParameters p, const Conv3dPlan& plan, float* partial, cudaStream_t stream) {
+  p.splits = plan.splits;
+  p.partial = partial;
+  p.partial_pitch = (p.out_channels + 7) / 8 * 8;
+  if (!copies_in_chunks(p, sizeof(typename Math::Element))) {
+    if (plan.tile == TileShape::k128x16) return launch_conv3d_bn_relu_tile<Math, ThinTile, false>(p, stream);
+    return launch_conv3d_bn_relu_tile<Math, MediumTile, false>(p, stream);
   }
-  switch (tile) {
+  switch (plan.tile) {
     case TileShape::k128x128:
-      return launch_conv3d_bn_relu_tile<Math, Large, true>(p, stream);
+      return launch_conv3d_bn_relu_tile<Math, LargeTile, true>(p, stream);
+    case TileShape::k128x64:
+      return launch_conv3d_bn_relu_tile<Math, TallTile, true>(p, stream);
     case TileShape::k128x32:
-      return launch_conv3d_bn_relu_tile<Math, Narrow, true>(p, stream);
+      return launch_conv3d_bn_relu_tile<Math, NarrowTile, true>(p, stream);
     case TileShape::k128x16:
-      return launch_conv3d_bn_relu_tile<Math, Thin, true>(p, stream);
+      return launch_conv3d_bn_relu_tile<Math, ThinTile, true>(p, stream);
     default:
-      return launch_conv3d_bn_relu_tile<Math, Medium, true>(p, stream);
+      return launch_conv3d_bn_relu_tile<Math, MediumTile, true>(p, stream);
   }
 }
 

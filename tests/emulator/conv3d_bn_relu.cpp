@@ -9,6 +9,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 using namespace slowfast_ext;
@@ -19,7 +20,7 @@ int64_t stride(const py::array& array, int dimension) { return array.strides(dim
 
 void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::array& x, const py::array& weight,
                     const py::object& bias, const py::object& residual, py::array y, std::array<int, 3> steps,
-                    std::array<int, 3> padding, bool relu, int multiprocessors) {
+                    std::array<int, 3> padding, bool relu, int multiprocessors, int splits) {
   Conv3dParameters p{};
   p.x = x.data();
   p.weight = weight.data();
@@ -56,18 +57,21 @@ void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::
   p.pixels = y.shape(0) * y.shape(2) * y.shape(3) * y.shape(4);
   p.reduction = p.kernel_t * p.kernel_h * p.kernel_w * p.in_channels;
   p.relu = relu;
-  p.paired = stores_in_pairs(p, x.itemsize());
+  p.wide = is_wide(p, x.itemsize());
 
-  TileShape shape = TileShape::kAuto;
-  if (tile == "128x128") shape = TileShape::k128x128;
-  if (tile == "64x64") shape = TileShape::k64x64;
-  if (tile == "128x32") shape = TileShape::k128x32;
-  if (tile == "128x16") shape = TileShape::k128x16;
-  if (math == "bfloat16") return launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, shape, multiprocessors, nullptr);
+  Conv3dPlan plan = plan_conv3d_bn_relu(p, x.itemsize(), multiprocessors);
+  if (tile == "128x128") plan.tile = TileShape::k128x128;
+  if (tile == "128x64") plan.tile = TileShape::k128x64;
+  if (tile == "64x64") plan.tile = TileShape::k64x64;
+  if (tile == "128x32") plan.tile = TileShape::k128x32;
+  if (tile == "128x16") plan.tile = TileShape::k128x16;
+  if (splits) plan.splits = splits;
+  std::vector<float> partial(partial_size(p, plan.splits));
+  if (math == "bfloat16") return launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, plan, partial.data(), nullptr);
 #ifndef ONLY_BFLOAT16
-  if (math == "float16") return launch_conv3d_bn_relu<HalfMath<float16>>(p, shape, multiprocessors, nullptr);
-  if (math == "tf32") return launch_conv3d_bn_relu<Tf32Math>(p, shape, multiprocessors, nullptr);
-  if (math == "float32") return launch_conv3d_bn_relu<SplitTf32Math>(p, shape, multiprocessors, nullptr);
+  if (math == "float16") return launch_conv3d_bn_relu<HalfMath<float16>>(p, plan, partial.data(), nullptr);
+  if (math == "tf32") return launch_conv3d_bn_relu<Tf32Math>(p, plan, partial.data(), nullptr);
+  if (math == "float32") return launch_conv3d_bn_relu<SplitTf32Math>(p, plan, partial.data(), nullptr);
 #endif
   throw std::invalid_argument("not built for " + math);
 }
@@ -79,7 +83,21 @@ std::pair<uint64_t, uint64_t> statistics() {
   return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
 }
 
+// Tile and splits chosen for a 16-bit layer whose operands are aligned.
+std::pair<std::string, int> plan(int pixels, int in_channels, int out_channels, int taps, int multiprocessors) {
+  Conv3dParameters p{};
+  p.x_stride_c = 1;
+  p.in_channels = in_channels;
+  p.pixels = pixels;
+  p.out_channels = out_channels;
+  p.reduction = taps * in_channels;
+  const Conv3dPlan plan = plan_conv3d_bn_relu(p, 2, multiprocessors);
+  const char* names[] = {"128x128", "128x64", "64x64", "128x32", "128x16"};
+  return {names[static_cast<int>(plan.tile)], plan.splits};
+}
+
 PYBIND11_MODULE(MODULE_NAME, module) {
+  module.def("plan", &plan);
   module.def("conv3d_bn_relu", &conv3d_bn_relu);
   module.def("statistics", &statistics);
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MATHS = ("bfloat16", "float16", "tf32", "float32")
-TILES = ("128x128", "64x64", "128x32", "128x16")
+TILES = ("128x128", "128x64", "64x64", "128x32", "128x16")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Case:
     layout: str = "channels_last"  # contiguous; channels, frames: every element of a larger array
     slice: tuple | None = None  # y and residual are channels from slice[0] on of slice[1] more
     tile: str = "auto"
+    splits: int = 0  # as the cost model says
 
     def __post_init__(self):
         if self.padding is None:
@@ -66,6 +67,10 @@ CASES = {
     "no_epilogue": Case((1, 32, 2, 6, 6), 64, bias=False, relu=False),
     "several_blocks_each_way": Case((2, 32, 3, 9, 11), 200, residual=True),
 }
+for _splits in (1, 2, 7):
+    CASES[f"splits_{_splits}"] = Case((1, 40, 3, 7, 6), 44, (3, 1, 3), residual=True, slice=(4, 12), splits=_splits)
+CASES["more_splits_than_steps"] = Case((1, 8, 1, 5, 5), 16, splits=3)
+CASES["splits_of_a_gathered_stem"] = Case((1, 3, 3, 9, 9), 8, (3, 7, 7), (1, 2, 2), splits=4)
 for _tile in TILES:
     CASES[f"tile_{_tile}"] = Case((1, 48, 2, 11, 13), 136, (1, 3, 3), residual=True, tile=_tile)
 
@@ -161,7 +166,7 @@ def run(module, case, math, seed=0, multiprocessors=4):
 
     kernel_weight = lay_out(weight, "channels_last")
     arguments = (lay_out(x, case.layout), kernel_weight, bias, residual, y, case.stride, case.padding, case.relu)
-    module.conv3d_bn_relu(math, case.tile, *arguments, multiprocessors)
+    module.conv3d_bn_relu(math, case.tile, *arguments, multiprocessors, case.splits)
 
     around = [memory[..., :before], memory[..., before + case.out_channels :]]
     if any((part != 77).any() for part in around):

@@ -20,9 +20,13 @@ KERNEL = "conv3d_bn_relu.cuh"
 MUTANTS = {
     "no_barrier": ("    __syncthreads();", "", "thread", "tile_64x64"),
     "no_barrier_values": ("    __syncthreads();", "", "random", "tile_64x64"),
+    "no_barrier_before_the_sums": ("__syncthreads();  // all have read", "// all have read", "thread", "tile_64x64"),
+    "no_barrier_of_a_warp": ("    __syncwarp();\n#pragma unroll", "#pragma unroll", "thread", "tile_64x64"),
+    "splits_overlap": ("const int first_step = ", "const int first_step = 0 * ", "plain", "splits_2"),
+    "a_split_is_forgotten": ("split < p.splits; ++split", "split < p.splits - 1; ++split", "plain", "splits_2"),
     "wait_for_one_stage_less": ("kStages - 2>()", "kStages - 1>()", "plain", "tile_64x64"),
     "x_is_read_beyond_the_last_pixel": ("if (pixel >= p.pixels) {", "if (false) {", "address", "odd_slice"),
-    "y_is_written_beyond_the_last_pixel": ("if (pixel >= p.pixels) continue;", "", "address", "no_epilogue"),
+    "y_is_written_beyond_the_last_pixel": ("pixel >= p.pixels || channel", "channel", "address", "no_epilogue"),
     "weight_is_read_beyond_the_last_channel": (
         "source, channel < p_.out_channels && w",
         "source, w",
@@ -39,7 +43,7 @@ MUTANTS = {
     "no_swizzle": ("chunk ^ (row / 2 % Tile::kRowChunks)", "chunk", "conflicts", "tile_64x64"),
     "wrong_lane_of_weight": ("chunk + lane / 8 % 2)", "chunk + lane / 16)", "plain", "tile_64x64"),
     "residual_is_forgotten": ("if (p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
-    "relu_of_one_channel_is_forgotten": ("first = first < 0.f ? 0.f : first;", "", "plain", "fast_res2_1x3x3"),
+    "relu_of_one_channel_is_forgotten": ("if (p.relu) sum", "if (p.relu && i) sum", "plain", "fast_res2_1x3x3"),
 }
 SANITIZERS = ("address", "thread")
 
@@ -98,6 +102,23 @@ def test_ldmatrix_meets_no_bank_conflict(kernel, math, tile):
     ldmatrix, bank_conflicts = kernel.statistics()
     assert ldmatrix > 0
     assert bank_conflicts == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "clips", "tile", "splits"),
+    [
+        ((131072, 8, 8, 9), 1, "128x16", 1),  # fast res2, 1x3x3
+        ((131072, 8, 32, 1), 30, "128x32", 1),  # fast res2, 1x1x1
+        ((16384, 80, 64, 1), 30, "128x64", 1),  # slow res2, 1x1x1
+        ((16384, 64, 256, 1), 30, "128x128", 1),
+        ((1024, 256, 256, 9), 30, "128x128", 1),  # slow res4, 1x3x3
+        ((1024, 256, 256, 9), 1, "128x128", 8),  # 16 tiles for 132 multiprocessors
+        ((256, 512, 512, 9), 1, "128x128", 16),
+    ],
+)
+def test_tiles_suit_the_layer_and_splits_fill_the_gpu(kernel, layer, clips, tile, splits):
+    pixels, in_channels, out_channels, taps = layer
+    assert kernel.plan(pixels * clips, in_channels, out_channels, taps, 132) == (tile, splits)
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

@@ -1,0 +1,61 @@
+// csrc/pool_head.cuh for NumPy: features come as arrays in (N, C, T, H, W) order with channels side by side, 16-bit types
+// as their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
+#include "pool_head.cuh"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+using namespace slowfast_ext;
+
+namespace {
+
+PathwayMap pathway_map(const py::array& x, std::array<int, 2> window) {
+  PathwayMap map{};
+  map.x = x.data();
+  map.pixel_pitch = x.strides(4) / x.itemsize();
+  map.channels = x.shape(1);
+  map.frames = x.shape(2);
+  map.height = x.shape(3);
+  map.width = x.shape(4);
+  map.window_h = window[0] ? window[0] : map.height;
+  map.window_w = window[1] ? window[1] : map.width;
+  return map;
+}
+
+// A window of (0, 0) is the whole map. The workspaces are results here, too.
+void pool_head(const std::string& type, const std::string& weight_type, const py::array& slow, const py::array& fast,
+               const py::array& weight, const py::object& bias, std::array<int, 2> window, int group, bool logarithm,
+               py::array_t<float> averages, py::array_t<float> logits, py::array_t<float> y) {
+  PoolHeadParameters p{};
+  p.slow = pathway_map(slow, window);
+  p.fast = pathway_map(fast, window);
+  p.weight = weight.data();
+  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
+  p.averages = averages.mutable_data();
+  p.logits = logits.mutable_data();
+  p.y = y.mutable_data();
+  p.batch = slow.shape(0);
+  p.classes = weight.shape(0);
+  p.features = weight.shape(1);
+  p.positions = averages.shape(0) / slow.shape(0);
+  p.group = group;
+  p.logarithm = logarithm;
+  if (type == "bfloat16") launch_pool_head_average<bfloat16>(p, nullptr);
+  if (weight_type == "bfloat16") launch_pool_head_classify<bfloat16>(p, nullptr);
+#ifndef ONLY_BFLOAT16
+  if (type == "float16") launch_pool_head_average<float16>(p, nullptr);
+  if (type == "float32") launch_pool_head_average<float>(p, nullptr);
+  if (weight_type == "float16") launch_pool_head_classify<float16>(p, nullptr);
+  if (weight_type == "float32") launch_pool_head_classify<float>(p, nullptr);
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, module) { module.def("pool_head", &pool_head); }
