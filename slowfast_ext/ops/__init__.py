@@ -2,7 +2,15 @@
 
 from .. import _library
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
+from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
 
-__all__ = ["conv3d_bn_relu", "conv3d_bn_relu_reference", "fold_batch_norm"]
+__all__ = [
+    "conv3d_bn_relu",
+    "conv3d_bn_relu_reference",
+    "fast_bottleneck",
+    "fast_bottleneck_reason_against",
+    "fast_bottleneck_reference",
+    "fold_batch_norm",
+]
 
 _library.load_kernels()  # after the schemas that they implement

@@ -21,8 +21,7 @@ const void* data_or_null(const py::object& object) { return object.is_none() ? n
 void fast_bottleneck(const std::string& dtype, const py::array& x, const py::array& weight_a, const py::array& bias_a,
                      const py::array& weight_b, const py::array& bias_b, const py::array& weight_c,
                      const py::array& bias_c, const py::object& weight_shortcut, const py::object& bias_shortcut,
-                     py::array y, int stride, int frames_per_chunk, int multiprocessors,
-                     int shared_memory) {
+                     py::array y, int stride, int frames_per_chunk, int multiprocessors, int shared_memory) {
   FastBottleneckParameters p{};
   p.x = x.data();
   p.weight_a = weight_a.data();
@@ -60,9 +59,8 @@ void fast_bottleneck(const std::string& dtype, const py::array& x, const py::arr
 // The bytes of the tile that is chosen, 0 if there is none.
 int shared_bytes(int in_channels, int channels, int stride, int shared_memory) {
   int bytes = 0;
-  with_fast_bottleneck_tile(in_channels, channels, stride, shared_memory, [&](auto tile) {
-    bytes = FastBottleneckBlock<bfloat16, decltype(tile)>::kSharedBytes;
-  });
+  with_fast_bottleneck_tile(in_channels, channels, stride, shared_memory,
+                            [&](auto tile) { bytes = FastBottleneckBlock<bfloat16, decltype(tile)>::kSharedBytes; });
   return bytes;
 }
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=s
 
 HERE = Path(__file__).resolve().parent
 BINDING = [HERE / "fast_bottleneck.cpp"]
-KERNEL = "fast_bottleneck_block.cuh"
+KERNEL = ("fast_bottleneck_tile.cuh", "fast_bottleneck_block.cuh")
 BLOCKS = ("res2_first", "res2", "res3_first", "res3", "res4_first", "res4", "res4_first_small_tile", "res4_small_tile")
 
 # What is changed in the kernel, how it is run, and on which cases: plainly, in a random order of threads, or under a
@@ -44,7 +44,7 @@ MUTANTS = {
     ),
     "time_runs_backwards": ("* 3 + 2 - tile / kInner", "* 3 + tile / kInner", "plain", "slices"),
     "a_is_not_zero_outside_the_image": ("inside ? ptx::pack", "true ? ptx::pack", "plain", "one_tile"),
-    "a_is_written_beyond_the_halo": ("if (pixel >= Tile::kHaloPixels) continue;", "", "plain", "one_tile"),
+    "a_is_written_beyond_the_halo": ("if (pixel >= Tile::kHaloPixels) continue;", "", "plain", "chunks_of"),
     "x_is_read_outside_the_image": ("chunk * 8, is_inside(pixel)", "chunk * 8, true", "address", "one_pixel"),
     "y_is_written_outside_the_image": ("if (h >= p_.out_h || w >= p_.out_w) return;", "", "address", "one_pixel"),
     "wide_stores_into_any_slice": ("if (p_.wide)", "if (true)", "address", "odd_slice"),
@@ -55,15 +55,27 @@ MUTANTS = {
         "slices",
     ),
     "the_shortcut_reads_another_pixel": ("tap_offset(1, 1)", "tap_offset(1, 2)", "plain", "slices"),
-    "odd_columns_are_misplaced": ("w == 1 ? kWidth + 1 : w / 2", "w == 1 ? kWidth : w / 2", "plain", "stride_2"),
-    "bias_of_the_projection_is_forgotten": ("p_.bias_c[c] + p_.bias_shortcut[c]", "p_.bias_c[c]", "plain", "stride_2"),
-    "an_even_pitch": ("(kInChannels / 8 | 1) * 16", "kInChannels / 8 * 16", "conflicts", "res2"),
+    "odd_columns_are_misplaced": ("w == 1 ? kWidth + 1 : w / 2", "w == 1 ? kWidth : w / 2", "plain", "slices_stride_2"),
+    "bias_of_the_projection_is_forgotten": (
+        "p_.bias_c[c] + p_.bias_shortcut[c]",
+        "p_.bias_c[c]",
+        "plain",
+        "slices_stride_2",
+    ),
+    "an_even_pitch": ("(kInChannels / 8 | 1) * 16", "kInChannels / 8 * 16", "conflicts", "slices"),
 }
 SANITIZERS = ("address", "thread")
 
 
+# Mutants are built for the tiles of res2 and of the first block of res3 only, which takes a fraction of the time.
+OTHER_TILES = ("8, 8, 1, 8, 16, 4", "64, 16, 1, 8, 16, 4", "64, 32, 2, 8, 8, 8", "64, 32, 2, 4, 8, 4")
+OTHER_TILES += ("128, 32, 1, 8, 16, 4", "128, 32, 1, 8, 8, 4")
+
+
 def build_mutant(old, new, way):
-    csrc = build.mutate({KERNEL: [(old, new)]})
+    changes = {"fast_bottleneck.cuh": [(f"serve(FastBottleneckTile<{tile}>{{}})", "false") for tile in OTHER_TILES]}
+    changes |= {file: [(old, new)] for file in KERNEL if old in (build.CSRC / file).read_text()}
+    csrc = build.mutate(changes)
     sanitizer = way if way in SANITIZERS else None
     return build.build("fast_bottleneck", BINDING, sanitizer=sanitizer, defines=("ONLY_BFLOAT16",), csrc=csrc)
 
