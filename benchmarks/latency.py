@@ -67,11 +67,24 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Fill in the defaults that depend on model and device; raise if an option cannot be honoured."""
-    with torch.device("meta"):
-        config = slowfast_ext.create_model(options.model).config
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.device = check_device(options.device)
+    check_workload(options, SECONDS)
+    options.variants = choose_variants(options)
+    check_folders(options, "json", "plot")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib, which is not installed: pip install 'slowfast-ext[plot]'")
+
+
+def check_workload(options: argparse.Namespace, seconds: dict[str, float]) -> None:
+    """The part of the options that says what is run and for how long, on ``options.device``.
+
+    Args:
+        seconds: what ``--seconds`` is by default, by the type of the device.
+    """
+    with torch.device("meta"):
+        config = slowfast_ext.create_model(options.model).config
     kind = options.device.type
     options.views = options.views if options.views is not None else config.test_clips * config.test_crops
     options.crop = options.crop if options.crop is not None else config.test_crop_size
@@ -84,17 +97,18 @@ def check_options(options: argparse.Namespace) -> None:
     if options.rounds is not None and options.seconds is not None:
         raise ValueError("--rounds and --seconds exclude each other, got both")
     if options.seconds is None:
-        options.seconds = SECONDS[kind]
+        options.seconds = seconds.get(kind)
     elif not options.seconds > 0:
         raise ValueError(f"--seconds must be positive, got {options.seconds}")
-    check_dtype(options.dtype, options.device)
-    options.variants = choose_variants(options)
-    for name in ("json", "plot"):
+    if kind != "meta":
+        check_dtype(options.dtype, options.device)
+
+
+def check_folders(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"--{name} must be in an existing folder, got {path}")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib, which is not installed: pip install 'slowfast-ext[plot]'")
 
 
 def check_device(name: str) -> torch.device:

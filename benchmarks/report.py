@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import os
@@ -65,11 +66,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _driver() -> str | None:
-    versions = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return versions and versions.splitlines()[0]
-
-
 def _commit() -> str | None:
     """Short hash of the checkout this file is in, with ``-dirty`` where tracked files were changed."""
     return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
@@ -116,6 +112,14 @@ def _replaced(path: Path):
 def write_json(path: Path, document: dict) -> None:
     with _replaced(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Rows of equal keys, which become the header; None becomes an empty cell."""
+    with _replaced(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot_bars(

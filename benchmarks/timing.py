@@ -15,6 +15,7 @@ import torch
 
 FEWEST_ROUNDS = 3  # also where the time budget is spent: a median of fewer samples is none
 MOST_ROUNDS = 2000  # where a round takes microseconds, the time budget would fill the memory with samples
+FLUSHED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # far more than the caches hold
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,33 @@ class Summary:
         return cls(float(median), float(p10), float(p90))
 
 
-def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call on an idle device: CUDA events where there are any, else the host's clock."""
+def cache_flush(device: torch.device) -> Callable[[], object]:
+    """A callable that evicts all else from the device's caches, by reading: what was written would have to be written
+    back during the next call. On a GPU it takes longer than the host needs to launch the kernels of a residual block.
+    """
+    buffer = torch.ones(FLUSHED_BYTES[device.type] // 4, device=device)
+    return buffer.sum
+
+
+def time_once(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
+    """Milliseconds of one call: CUDA events where there are any, else the host's clock.
+
+    Args:
+        before: runs first and is not timed. The device is idle before it, and without it before the call; with it, the
+            host launches ``call`` while the device is still busy, so that no launch is timed.
+    """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
+        if before is not None:
+            before()
         start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+    if before is not None:
+        before()
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
@@ -55,6 +73,7 @@ def shuffled_rounds(
     rounds: int | None,
     seconds: float,
     seed: int = 0,
+    before: Callable[[], object] | None = None,
 ) -> Iterator[dict[str, float]]:
     """Time every callable once a round, each round in another random order, so that drift of the machine (clocks, heat,
     other users) and the state of its caches fall on all of them alike.
@@ -63,6 +82,7 @@ def shuffled_rounds(
         calls: callables by name, already warm.
         rounds: this many rounds; None for as many as begin within ``seconds`` (at least FEWEST_ROUNDS, at most
             MOST_ROUNDS).
+        before: runs before each call, see :func:`time_once`.
 
     Yields:
         milliseconds by name, once a round.
@@ -73,7 +93,7 @@ def shuffled_rounds(
         if rounds is None and done >= FEWEST_ROUNDS and time.perf_counter() > deadline:
             return
         shuffle(order)
-        yield {name: time_once(calls[name], device) for name in order}
+        yield {name: time_once(calls[name], device, before) for name in order}
 
 
 def peak_growth(call: Callable[[], object]) -> int | None:

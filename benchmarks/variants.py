@@ -50,7 +50,6 @@ VARIANTS = {
     "eager": Variant("plain modules, contiguous", torch.contiguous_format),
     "eager_channels_last": Variant("plain modules, channels_last_3d"),
     "autocast_channels_last": Variant("plain modules, float32 weights, autocast, channels_last_3d", autocast=True),
-    # Without freezing, inductor is slower on every machine seen; on a CPU it would double the time of the whole run.
     # Without freezing, inductor was slower wherever it was tried; on a CPU it would double the time of the whole run.
     "compile": Variant("torch.compile, channels_last_3d", compile={}, default_on=("cuda",)),
     "compile_freezing": Variant("torch.compile, freezing, channels_last_3d", compile={"freezing": True}),
@@ -160,11 +159,7 @@ def prepare(
         with _inductor_freezing(bool(variant.compile and variant.compile.get("freezing"))):
             output = call().float()
         outcome.prepare_seconds = time.perf_counter() - start
-        outcome.error = float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
-        limit = tolerance(dtype, device)
-        if not outcome.error <= limit:  # NaN is wrong
-            outcome.status = "wrong"
-            outcome.reason = f"relative error {outcome.error:.1e} against eager float32, allowed {limit:.0e}"
+        if not check_output(outcome, output, reference, tolerance(dtype, device)):
             return outcome
         for _ in range(WARM_UP_CALLS if on_cuda else 1):
             call()
@@ -178,10 +173,20 @@ def prepare(
         if variant.ours:
             outcome.blocks = _blocks(twin)
     except Exception as error:  # compilers and kernels fail in many ways; the other variants go on
-        outcome.reason = _first_lines(error)
+        outcome.reason = first_lines(error)
         return outcome
     outcome.status, outcome.call = "ready", call
     return outcome
+
+
+def check_output(outcome: Outcome, output: Tensor, reference: Tensor, limit: float) -> bool:
+    """Note the error of a float32 output, and that it is wrong where it is off by more than ``limit``."""
+    outcome.error = float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
+    if outcome.error <= limit:  # NaN is wrong
+        return True
+    outcome.status = "wrong"
+    outcome.reason = f"relative error {outcome.error:.1e} against eager float32, allowed {limit:.0e}"
+    return False
 
 
 def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype, device: torch.device):
@@ -223,6 +228,6 @@ def _blocks(model: nn.Module) -> dict[str, int]:
     )
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
     return f"{type(error).__name__}: {' '.join(lines)}"[:300]

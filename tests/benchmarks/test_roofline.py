@@ -5,7 +5,7 @@ import functools
 import pytest
 import roofline
 import torch
-from roofline import Ceilings, Layer, count_layers
+from roofline import Ceilings, Kernel, count_layers
 
 import slowfast_ext
 
@@ -65,13 +65,13 @@ def test_counting_leaves_no_hook_behind():
 
 def test_the_floor_of_a_layer_is_the_longer_of_its_two_times():
     ceilings = Ceilings(operations=2e3, bandwidth=1e3)
-    assert ceilings.floor_milliseconds([Layer("bound by operations", macs=3, bytes=1)]) == pytest.approx(3)
-    assert ceilings.floor_milliseconds([Layer("bound by memory", macs=1, bytes=5)]) == pytest.approx(5)
+    assert ceilings.floor_milliseconds([Kernel("bound by operations", macs=3, bytes=1)]) == pytest.approx(3)
+    assert ceilings.floor_milliseconds([Kernel("bound by memory", macs=1, bytes=5)]) == pytest.approx(5)
 
 
 def test_ceilings_are_computed_from_the_measured_times(monkeypatch):
-    monkeypatch.setattr(roofline, "GEMM_SIZE", 16)
-    monkeypatch.setattr(roofline, "COPY_BYTES", 1024)
+    monkeypatch.setitem(roofline.GEMM_SIZE, "cpu", 16)
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 1024)
     monkeypatch.setattr(roofline, "time_once", lambda call, device: call() is None or 0.5)  # half a millisecond
     ceilings = roofline.measure_ceilings(torch.device("cpu"), torch.bfloat16)
     assert ceilings == Ceilings(operations=2 * 16**3 / 0.5e-3, bandwidth=2 * 1024 / 0.5e-3)
