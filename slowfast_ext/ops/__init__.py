@@ -3,6 +3,7 @@
 from .. import _library
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
+from .stem import stem, stem_reason_against, stem_reference
 
 __all__ = [
     "conv3d_bn_relu",
@@ -11,6 +12,9 @@ __all__ = [
     "fast_bottleneck_reason_against",
     "fast_bottleneck_reference",
     "fold_batch_norm",
+    "stem",
+    "stem_reason_against",
+    "stem_reference",
 ]
 
 _library.load_kernels()  # after the schemas that they implement
