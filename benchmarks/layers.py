@@ -74,7 +74,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         help="share this time among the layers (default: {cpu:.0f} on a CPU, {cuda:.0f} on a GPU)".format(**SECONDS),
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all samples")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each layer and block")
     options = parser.parse_args(arguments)
     try:
@@ -259,7 +259,7 @@ def describe_row(
         if outcome.samples:
             summary = Summary.of([1e3 * sample for sample in outcome.samples])
             entry |= {"median_us": summary.median, "p10_us": summary.p10, "p90_us": summary.p90}
-            entry |= {"floor_fraction": floors[0] / summary.median, "samples_us": [1e3 * s for s in outcome.samples]}
+            entry |= {"floor_fraction": floors[0] / summary.median, "rounds": len(outcome.samples)}
     return row
 
 
@@ -298,14 +298,20 @@ def describe_totals(
 def total_milliseconds(
     members: list[Layer | Block], preference: tuple[str, ...], outcomes: dict[str, dict[str, Outcome]]
 ) -> float | None:
-    """The sum of the members' medians, None unless all were timed and the first preference is among them."""
+    """The sum of the members' medians, None unless all were timed and the first preference is among them.
+
+    Of each member the first preference that it has is counted; where a fused operator cannot run, the next.
+    """
     total, seen = 0.0, set()
     for work in members:
-        implementation = next((name for name in preference if name in outcomes.get(work.name, {})), None)
-        if implementation is None or not outcomes[work.name][implementation].samples:
+        found = outcomes.get(work.name, {})
+        candidates = [name for name in preference if name in found]
+        if candidates and candidates[0] == "fused" and found["fused"].status == "failed":
+            del candidates[0]
+        if not candidates or not found[candidates[0]].samples:
             return None
-        seen.add(implementation)
-        total += Summary.of(outcomes[work.name][implementation].samples).median
+        seen.add(candidates[0])
+        total += Summary.of(found[candidates[0]].samples).median
     return total if preference[0] in seen else None
 
 
@@ -404,9 +410,9 @@ def format_notes(document: dict) -> list[str]:
     for (name, status, reason), names in reasons.items():
         notes.append(f"{name} {status}, not timed, in {len(names)} rows ({names[0]} and so on): {reason}")
     notes += [f"{name}: {IMPLEMENTATIONS[name]}" for name in document["implementations"]]
-    samples = [len(entry.get("samples_us", ())) for row in document["rows"] for entry in row["measured"].values()]
+    rounds = [entry.get("rounds", 0) for row in document["rows"] for entry in row["measured"].values()]
     notes.append(
-        f"medians of {min(filter(None, samples), default=0)} or more rounds in shuffled order, warm, inference_mode, "
+        f"medians of {min(filter(None, rounds), default=0)} or more rounds in shuffled order, warm, inference_mode, "
         "caches flushed before each call, random weights and inputs; in brackets the fraction of the floor; outputs "
         f"within {document['workload']['tolerance']:.0e} of eager float32"
     )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from timing import FEWEST_ROUNDS, Summary, peak_growth, shuffled_rounds, time_once
+from timing import FEWEST_ROUNDS, FLUSHED_BYTES, Summary, cache_flush, peak_growth, shuffled_rounds, time_once
 
 CPU = torch.device("cpu")
 
@@ -23,6 +23,20 @@ def test_no_samples_have_no_summary():
 
 def test_a_call_takes_milliseconds():
     assert 20 <= time_once(lambda: time.sleep(0.02), CPU) < 2000
+
+
+def test_what_runs_before_a_call_is_not_timed():
+    order = []
+    assert time_once(lambda: order.append("call"), CPU, lambda: order.append("before") or time.sleep(0.2)) < 150
+    assert order == ["before", "call"]
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    list(shuffled_rounds(calls, CPU, rounds=2, seconds=0, before=lambda: order.append("before")))
+    assert order[2::2] == ["before"] * 4
+
+
+def test_a_flush_reads_as_much_as_it_says(monkeypatch):
+    monkeypatch.setitem(FLUSHED_BYTES, "cpu", 400)
+    assert cache_flush(CPU)() == 100  # ones in float32
 
 
 def test_every_round_calls_each_once_in_changing_order():
