@@ -64,10 +64,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--layers", metavar="PATTERNS", help="only layers whose names match, as 'slow_path.layer[34].*'"
     )
     parser.add_argument("--blocks", metavar="PATTERNS", help="only blocks whose names match, as 'fast_path.*'")
-    parser.add_argument(
-        "--peak", metavar="TFLOP/S,...", help="ceilings in place of measured ones, the first in the table"
-    )
-    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="to go with --peak")
+    parser.add_argument("--peak", metavar="TFLOP/S,...", help="given ceilings; fractions are of the first")
+    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="given ceiling, to go with --peak")
     parser.add_argument("--rounds", type=int, help="time each layer in exactly this many rounds")
     parser.add_argument(
         "--seconds",
