@@ -3,6 +3,7 @@
 from .. import _library
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
+from .pool_head import pool_head, pool_head_reference
 from .stem import stem, stem_reason_against, stem_reference
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "fast_bottleneck_reason_against",
     "fast_bottleneck_reference",
     "fold_batch_norm",
+    "pool_head",
+    "pool_head_reference",
     "stem",
     "stem_reason_against",
     "stem_reference",

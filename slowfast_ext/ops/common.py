@@ -44,11 +44,11 @@ def refuse_gradients_with_out(operator: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{operator}: with out, no argument may require gradients (or use torch.no_grad())")
 
 
-def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...]) -> None:
+def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:
     """Under autocast, cast the arguments named in ``cast``, the other floating-point ones to float32; never float64.
 
-    torch.library.register_autocast would cast all, biases too. With an argument ``out`` its dtype takes the place of
-    autocast's: the buffer is there already.
+    Those named in ``keep`` stay as they are. torch.library.register_autocast would cast all, biases too. With an
+    argument ``out`` its dtype takes the place of autocast's: the buffer is there already.
     """
     names = [argument.name for argument in operator._schema.arguments]
 
@@ -62,9 +62,11 @@ def register_autocast(operator: torch._ops.OpOverload, cast: tuple[str, ...]) ->
         def kernel(*arguments):
             given = dict(zip(names, arguments, strict=True))
             dtype = given["out"].dtype if "out" in given else torch.get_autocast_dtype(device_type)
-            dtypes = {name: dtype if name in (*cast, "out") else torch.float32 for name in names}
+            dtypes = {name: dtype if name in (*cast, "out") else torch.float32 for name in names if name not in keep}
             with torch._C._ExcludeDispatchKeyGuard(exclude):
-                return operator(*(convert(argument, dtypes[name]) for name, argument in given.items()))
+                return operator(
+                    *(convert(given[name], dtypes[name]) if name in dtypes else given[name] for name in names)
+                )
 
         lib.impl(operator, kernel, key)
 

@@ -47,10 +47,12 @@ void pool_head(const std::string& type, const std::string& weight_type, const py
   p.group = group;
   p.logarithm = logarithm;
   if (type == "bfloat16") launch_pool_head_average<bfloat16>(p, nullptr);
-  if (weight_type == "bfloat16") launch_pool_head_classify<bfloat16>(p, nullptr);
 #ifndef ONLY_BFLOAT16
   if (type == "float16") launch_pool_head_average<float16>(p, nullptr);
   if (type == "float32") launch_pool_head_average<float>(p, nullptr);
+#endif
+  if (weight_type == "bfloat16") launch_pool_head_classify<bfloat16>(p, nullptr);
+#ifndef ONLY_BFLOAT16
   if (weight_type == "float16") launch_pool_head_classify<float16>(p, nullptr);
   if (weight_type == "float32") launch_pool_head_classify<float>(p, nullptr);
 #endif

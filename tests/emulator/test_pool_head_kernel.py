@@ -42,7 +42,7 @@ MUTANTS = {
     "weight_is_read_beyond_the_last_class": ("if (first_class + j < p.classes) ", "", "address", "planes"),
     "a_lane_is_left_out": ("distance = Tile::kColumns;", "distance = 2 * Tile::kColumns;", "plain", "different_planes"),
     "windows_at_the_end_are_overcounted": ("min(at + 1, size - at)", "at + 1", "plain", "zoo_sliding"),
-    "rows_are_not_carried": ("if (h_ >= height_) h_ -= height_;", "", "plain", "zoo_sliding"),
+    "rows_are_not_carried": ("if (h_ >= height_) h_ -= height_;", "", "plain", "wide_window"),
     "slow_comes_first": ("(is_fast ? 0 : p.fast.channels)", "(is_fast ? p.slow.channels : 0)", "plain", "slices"),
 }
 
