@@ -33,7 +33,7 @@ MUTANTS = {
     "halo_of_the_pooling_is_no_padding": ("first < 0.f || !(inside_ >> row & 1)", "first < 0.f", "plain", "fast_bytes"),
     "right_neighbour_of_the_window_is_seen": ("? last_half_ : ~0u", "? ~0u : ~0u", "plain", "nan_spreads"),
     "taps_in_reverse": ("Tile::kTaps - 1 - column / Tile::kOctets", "column / Tile::kOctets", "plain", "fast_bytes"),
-    "sums_stay": ("    warp.advance();", "", "plain", "slow_bytes"),
+    "sums_stay": ("    warp.advance();", "", "plain", "slow_chunks"),
     "frames_after_a_chunk_are_forgotten": (
         "end_frame + kReach, p.out_t) - 1",
         "end_frame, p.out_t) - 1",
