@@ -63,4 +63,7 @@ void stem(const std::string& math, const py::array& x, const py::array& weight, 
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) { module.def("stem", &stem); }
+PYBIND11_MODULE(MODULE_NAME, module) {
+  module.def("stem", &stem);
+  module.def("choose_chunk", &choose_chunk);
+}

@@ -53,7 +53,7 @@ CASES = {
     "one_frame": Case((1, 1, 9, 10), 8, 5),
     "one_pixel": Case((1, 1, 1, 1), 8, bias=False),
     "fast_more_frames_than_a_chunk_sees": Case((1, 2, 9, 9), 8, 5, chunk=1),
-    "several_tiles": Case((2, 2, 41, 75), 8),
+    "several_tiles": Case((2, 1, 41, 75), 8),
     "several_tiles_exactly_full": Case((1, 1, 64, 64), 8, 5),
     "channels_tail": Case((1, 2, 11, 13), 40, slice=(0, 24)),
     "wide_fast": Case((1, 2, 9, 11), 24, 5),

@@ -91,6 +91,20 @@ def test_order_of_threads_does_not_matter(kernel, monkeypatch, seed):
         assert stem_cases.run(kernel, CASES[name], "bfloat16") <= 1
 
 
+@pytest.mark.parametrize(
+    ("tiles", "frames", "kernel_t", "chunk"),
+    [
+        (32, 32, 5, 8),  # one clip of 256 x 256, Fast
+        (960, 32, 5, 32),  # 30 of them: whole, nothing is read twice
+        (64, 8, 1, 4),  # Slow
+        (1920, 8, 1, 8),
+        (1, 1, 5, 1),
+    ],
+)
+def test_clips_are_cut_only_as_far_as_it_fills_the_gpu(kernel, tiles, frames, kernel_t, chunk):
+    assert kernel.choose_chunk(tiles, frames, kernel_t, 132) == chunk
+
+
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizer_finds_nothing(builds, sanitizer):
     result = run(sanitizer, builds[sanitizer].result())
