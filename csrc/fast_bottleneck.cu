@@ -1,5 +1,5 @@
-// Host side of fast_bottleneck: checks, layouts, dispatch. What the operator
-// means is in slowfast_ext/ops/fast_bottleneck.py.
+// Host side of fast_bottleneck: checks, layouts, dispatch. What the operator means is in
+// slowfast_ext/ops/fast_bottleneck.py.
 #include <optional>
 
 #include "checks.h"
@@ -45,9 +45,7 @@ void launch(const FastBottleneckParameters& p, ScalarType dtype, int in_channels
   const auto launch =
       dtype == ScalarType::BFloat16 ? launch_fast_bottleneck<bfloat16> : launch_fast_bottleneck<float16>;
   const bool served = launch(p, in_channels, channels, stride, multiprocessors, shared_memory, current_stream(x));
-  STD_TORCH_CHECK(served,
-                  "fast_bottleneck: in_channels, channels, stride must be "
-                  "those of a kernel that fits into ",
+  STD_TORCH_CHECK(served, "fast_bottleneck: in_channels, channels, stride must be those of a kernel that fits into ",
                   shared_memory, " bytes of shared memory, got (", in_channels, ", ", channels, ", ", stride,
                   "); see fast_bottleneck_reason_against");
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -60,38 +58,30 @@ void fast_bottleneck_out(const Tensor& x_, const Tensor& weight_a_, const Tensor
   const Sizes shape = output_shape(x_, weight_a_, stride);
   const int64_t in_channels = x_.size(1), channels = weight_a_.size(0), out_channels = shape[1];
   check_capability(x_, kName);
-  STD_TORCH_CHECK(x_.scalar_type() == ScalarType::Half || x_.scalar_type() == ScalarType::BFloat16,
-                  "fast_bottleneck: x must be float16 or bfloat16 on CUDA, got "
-                  "another dtype");
   check_weight(weight_a_, "weight_a", x_, {channels, in_channels, 3, 1, 1});
   check_weight(weight_b_, "weight_b", x_, {channels, channels, 1, 3, 3});
   check_weight(weight_c_, "weight_c", x_, {out_channels, channels, 1, 1, 1});
   check_vector(bias_a_, kName, "bias_a", x_, channels);
   check_vector(bias_b_, kName, "bias_b", x_, channels);
   check_vector(bias_c_, kName, "bias_c", x_, out_channels);
-  STD_TORCH_CHECK(weight_shortcut_.has_value() == bias_shortcut_.has_value(),
-                  "fast_bottleneck: bias_shortcut must be given exactly if "
-                  "weight_shortcut is, got one without the "
-                  "other");
+  STD_TORCH_CHECK(
+      weight_shortcut_.has_value() == bias_shortcut_.has_value(),
+      "fast_bottleneck: bias_shortcut must be given exactly if weight_shortcut is, got one without the other");
   const bool identity_fits = stride == 1 && in_channels == out_channels;
   if (weight_shortcut_) {
     check_weight(*weight_shortcut_, "weight_shortcut", x_, {out_channels, in_channels, 1, 1, 1});
     check_vector(*bias_shortcut_, kName, "bias_shortcut", x_, out_channels);
     STD_TORCH_CHECK(!identity_fits,
-                    "fast_bottleneck: weight_shortcut must be None on CUDA "
-                    "where the identity fits, got a projection");
+                    "fast_bottleneck: weight_shortcut must be None on CUDA where the identity fits, got a projection");
   } else {
-    STD_TORCH_CHECK(identity_fits,
-                    "fast_bottleneck: weight_shortcut must be given unless the "
-                    "stride is 1 and x has ",
+    STD_TORCH_CHECK(identity_fits, "fast_bottleneck: weight_shortcut must be given unless the stride is 1 and x has ",
                     out_channels, " channels, got None for stride ", stride, " and ", in_channels, " channels");
   }
   check_like(out, kName, "out", x_);
   check_shape(out, kName, "out", shape);
   const int64_t y_pitch = pixel_pitch(out);
   STD_TORCH_CHECK(y_pitch > 0,
-                  "fast_bottleneck: out must be channels_last_3d "
-                  "or a slice of the channels of such a tensor");
+                  "fast_bottleneck: out must be channels_last_3d or a slice of the channels of such a tensor");
   FastBottleneckParameters p{};
   p.batch = checked_int(kName, x_.size(0), "N");
   p.frames = checked_int(kName, x_.size(2), "T");
@@ -102,6 +92,8 @@ void fast_bottleneck_out(const Tensor& x_, const Tensor& weight_a_, const Tensor
   checked_int(kName, x_.size(0) * x_.size(2) * x_.size(3) * x_.size(4), "the number of pixels of x");
   const int in = checked_int(kName, in_channels, "the number of input channels");
   const int inner = checked_int(kName, channels, "the number of inner channels");
+  STD_TORCH_CHECK(x_.scalar_type() == ScalarType::Half || x_.scalar_type() == ScalarType::BFloat16,
+                  "fast_bottleneck: x must be float16 or bfloat16 on CUDA, got another dtype");
   if (out.numel() == 0) return;
   const DeviceGuard guard(x_.get_device_index());
 

@@ -22,7 +22,7 @@ class Case:
     stride: int = 1
     x_slice: tuple = (0, 0)  # channels before and after those of x in its memory
     y_slice: tuple = (0, 0)
-    frames_per_chunk: int = 0  # chosen by the kernel's host side
+    frames_per_chunk: int | None = None  # of a thread block; None for all, 0 for what the kernel's host side chooses
     shared_memory: int = HOPPER
 
     @property
@@ -37,7 +37,7 @@ class Case:
 
 CASES = {
     # The blocks of the Fast pathway of every row of the zoo, each over one tile and the beginnings of its neighbours.
-    "res2_first": Case((1, 8, 4, 9, 18), 8),
+    "res2_first": Case((1, 8, 5, 9, 18), 8),
     "res2": Case((1, 32, 4, 9, 18), 8),
     "res3_first": Case((1, 32, 3, 17, 18), 16, stride=2),
     "res3": Case((1, 64, 3, 9, 18), 16),
@@ -51,6 +51,7 @@ CASES = {
     "two_frames_stride_2": Case((1, 32, 2, 6, 5), 16, stride=2),
     "chunks_of_one_frame": Case((2, 32, 3, 4, 5), 8, frames_per_chunk=1),
     "chunks_of_two_and_one": Case((2, 32, 5, 4, 5), 8, frames_per_chunk=2),
+    "chunks_of_what_is_chosen": Case((2, 32, 4, 9, 5), 8, frames_per_chunk=0),
     "chunks_stride_2": Case((2, 32, 5, 7, 8), 16, stride=2, frames_per_chunk=3),
     "three_clips": Case((3, 64, 2, 3, 3), 16),
     # Sizes: smaller than a fragment, one tile exactly, odd and even under stride 2.
@@ -61,8 +62,8 @@ CASES = {
     "one_tile_stride_2": Case((1, 32, 2, 16, 16), 16, stride=2),
     "two_pixels_stride_2": Case((1, 64, 2, 2, 3), 32, stride=2),
     # Layouts: slices, where 16 bytes at once can be stored and where not.
-    "slices": Case((1, 32, 3, 5, 6), 8, x_slice=(8, 16), y_slice=(16, 8)),
-    "slices_stride_2": Case((1, 32, 2, 5, 6), 16, stride=2, x_slice=(8, 0), y_slice=(8, 0)),
+    "slices": Case((1, 32, 4, 5, 6), 8, x_slice=(8, 16), y_slice=(16, 8)),
+    "slices_stride_2": Case((1, 32, 3, 5, 6), 16, stride=2, x_slice=(8, 0), y_slice=(8, 0)),
     "odd_slice": Case((2, 32, 2, 5, 6), 8, y_slice=(3, 4)),
 }
 
@@ -149,7 +150,8 @@ def run(module, case, dtype, *, whole=False, seed=0, multiprocessors=4):
 
     arguments = [array for weight, (_, bias) in zip(encoded, layers, strict=True) for array in (weight, bias)]
     arguments += [] if case.projection else [None, None]
-    how = (case.stride, case.frames_per_chunk, multiprocessors, case.shared_memory)
+    frames_per_chunk = case.x[2] if case.frames_per_chunk is None else case.frames_per_chunk
+    how = (case.stride, frames_per_chunk, multiprocessors, case.shared_memory)
     module.fast_bottleneck(dtype, x, *arguments, y, *how)
 
     around = [memory[..., :before], memory[..., before + 4 * case.channels :]]

@@ -17,8 +17,8 @@ BINDING = [HERE / "fast_bottleneck.cpp"]
 KERNEL = ("fast_bottleneck_tile.cuh", "fast_bottleneck_block.cuh")
 BLOCKS = ("res2_first", "res2", "res3_first", "res3", "res4_first", "res4", "res4_first_small_tile", "res4_small_tile")
 
-# What is changed in the kernel, how it is run, and on which cases: plainly, in a random order of threads, or under a
-# sanitizer.
+# What is changed in the kernel, how it is run, and on which cases: plainly, in a random order of threads, with bank
+# conflicts counted, or under a sanitizer.
 FRAME_BARRIER = "      __syncthreads();  // frame t has landed"
 A_BARRIER = "        __syncthreads();  // a is complete"
 MUTANTS = {
