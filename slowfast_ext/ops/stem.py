@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import lib
-from .common import accumulator_dtype, check, has_pixels, refuse_gradients_with_out, register_autocast
+from .common import accumulator_dtype, check, check_out, refuse_gradients_with_out, register_autocast
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? frames, Tensor? scale, Tensor? shift"
 lib.define(f"stem({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -171,16 +171,9 @@ def stem_reference(x, weight, bias, frames, scale, shift) -> Tensor:
     return F.max_pool3d(y, *_POOLING).to(weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _check_out(x, weight, out, shape) -> None:
-    _check(out.device == x.device, "out", f"on the device of x, {x.device}", out.device)
-    _check(out.dtype == weight.dtype, "out", f"in the dtype of weight, {weight.dtype}", out.dtype)
-    _check(tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
-    layout = "channels_last_3d or a slice of the channels of such a tensor"
-    _check(has_pixels(out), "out", layout, f"strides {tuple(out.stride())}")
-
-
 def _reference_into(x, weight, bias, frames, scale, shift, out) -> None:
-    _check_out(x, weight, out, _output_shape(x, weight, bias, frames, scale, shift))
+    shape = _output_shape(x, weight, bias, frames, scale, shift)
+    check_out("stem", weight, out, shape, name="weight")
     out.copy_(stem_reference(x, weight, bias, frames, scale, shift))
 
 
@@ -196,7 +189,8 @@ def _fake(x, weight, bias, frames, scale, shift):
 
 @torch.library.register_fake("slowfast_ext::stem.out", lib=lib)
 def _fake_into(x, weight, bias, frames, scale, shift, out):
-    _check_out(x, weight, out, _output_shape(x, weight, bias, frames, scale, shift))
+    shape = _output_shape(x, weight, bias, frames, scale, shift)
+    check_out("stem", weight, out, shape, name="weight")
 
 
 def _setup_context(ctx, inputs, output):
