@@ -22,9 +22,9 @@ bool with_fast_bottleneck_tile(int in_channels, int channels, int stride, int sh
          serve(FastBottleneckTile<128, 32, 1, 8, 16, 4>{}) || serve(FastBottleneckTile<128, 32, 1, 8, 8, 4>{});
 }
 
-// Frames of y per thread block. Each thread block steps through two more than it stores. A multiprocessor is busy with
-// `busy` thread blocks and takes no longer for as many, so its time is that of its steps; with equal times the fewest
-// chunks, which read least.
+// Frames of y per thread block, which steps through two more. The time of a multiprocessor is that of the steps of all
+// its thread blocks, but fewer than `busy` of them leave it waiting and take as long as `busy` do. The least time, and
+// with equal times the fewest chunks, which read least.
 inline int choose_frames_per_chunk(int frames, int64_t tiles, int multiprocessors, int busy) {
   int best = frames;
   int64_t least = INT64_MAX;
