@@ -297,8 +297,15 @@ __device__ __forceinline__ void store_chunk(const Conv3dParameters& p, int pixel
   }
 }
 
+// Blocks that a multiprocessor holds at once: as many as fit without spilling registers.
+template <typename Math, typename Tile>
+constexpr int kResidentBlocks = Tile::kThreads == 128                 ? 3
+                                : sizeof(typename Math::Element) == 2 ? 2
+                                                                      : 1;
+
 template <typename Math, typename Tile, bool kVector>
-__global__ void __launch_bounds__(Tile::kThreads) conv3d_bn_relu_kernel(const Conv3dParameters p) {
+__global__ void __launch_bounds__(Tile::kThreads, (kResidentBlocks<Math, Tile>))
+    conv3d_bn_relu_kernel(const Conv3dParameters p) {
   using Element = typename Math::Element;
   using Loader = StageLoader<Element, Tile, kVector>;
   constexpr int kPixelFragments = Tile::kWarpPixels / 16, kChannelFragments = Tile::kWarpChannels / 8;
