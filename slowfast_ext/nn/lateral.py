@@ -1,30 +1,37 @@
 """The lateral connection without a concatenation."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+
+from .. import ops
 from .block import FusedBlock, compute_dtype
 
 
 class FusedLateral(FusedBlock):
-    """Twin of ``cat([slow, relu(bn(conv(fast)))], 1)``: the convolution writes into its channels of the result.
+    """Twin of ``cat([slow, relu(bn(conv(fast)))], 1)``: one operator call writes both parts of the result.
 
     Args:
-        plain: a block with children ``conv`` and ``bn`` (or None) and the flag ``relu``.
+        plain: a block with children ``conv``, a k x 1 x 1 convolution with k odd and strided in time only, and ``bn``
+            (or None), and the flag ``relu``.
     """
+
+    @classmethod
+    def _children_reason(cls, module: nn.Module) -> str | None:
+        reason = super()._children_reason(module)
+        if reason is not None:
+            return reason
+        conv, taps = module.conv, module.conv.kernel_size[0]
+        geometry = (conv.kernel_size[1:], conv.stride[1:], conv.padding)
+        if taps % 2 == 0 or geometry != ((1, 1), (1, 1), (taps // 2, 0, 0)):
+            return f"conv has kernel {conv.kernel_size}, stride {conv.stride} and padding {conv.padding}"
+        return None
 
     def fused_forward(self, slow: Tensor, fast: Tensor) -> Tensor:
         """Tensor[N, Cs, T, H, W], Tensor[N, Cf, T', H, W] -> Tensor[N, Cs + K, T, H, W]."""
-        recording = torch.is_grad_enabled() and (slow.requires_grad or fast.requires_grad)
-        if recording or slow.dtype != compute_dtype(self.conv.weight):  # the operator writes without gradients
+        dtype = compute_dtype(self.conv.weight)
+        if slow.dtype != dtype:  # a concatenation would be in the wider dtype
             return torch.cat([slow, self._convolve("", fast)], 1)
-        slow_channels = slow.shape[1]
-        fused = torch.empty(
-            (slow.shape[0], slow_channels + self.conv.out_channels, *slow.shape[2:]),
-            dtype=slow.dtype,
-            device=slow.device,
-            memory_format=torch.channels_last_3d,
-        )
-        fused[:, :slow_channels].copy_(slow)
-        self._convolve("", fast, out=fused[:, slow_channels:])
-        return fused
+        weight, bias = self.folded[""].get(self.conv, self.bn, dtype)
+        return ops.lateral_fuse(slow, fast, weight, bias, stride=self.conv.stride[0], relu=self.relu)

@@ -3,6 +3,7 @@
 from .. import _library
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
+from .lateral_fuse import lateral_fuse, lateral_fuse_into, lateral_fuse_reference
 from .pool_head import pool_head, pool_head_reference
 from .stem import stem, stem_reason_against, stem_reference
 
@@ -13,6 +14,9 @@ __all__ = [
     "fast_bottleneck_reason_against",
     "fast_bottleneck_reference",
     "fold_batch_norm",
+    "lateral_fuse",
+    "lateral_fuse_into",
+    "lateral_fuse_reference",
     "pool_head",
     "pool_head_reference",
     "stem",

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slowfast_ext import accelerate
 from slowfast_ext.models import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral
-from slowfast_ext.nn import FusedBottleneck3d, FusedConvBNReLU3d
+from slowfast_ext.nn import FusedBottleneck3d, FusedConvBNReLU3d, FusedLateral
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 one_of_each = pytest.mark.parametrize("case", [CASES[name] for name in ("conv", "bottleneck_downsample", "lateral")])
@@ -72,7 +72,7 @@ def test_each_convolution_is_one_operator_with_nothing_after_it(name, convolutio
     assert recorded.names == ["slowfast_ext::conv3d_bn_relu"] * convolutions
 
 
-def test_a_lateral_writes_into_its_channels_without_concatenation():
+def test_a_lateral_is_one_operator_without_concatenation():
     case = CASES["lateral"]
     twin = twin_of(build(case))
     x = inputs(case, layout="channels_last_3d")
@@ -80,9 +80,13 @@ def test_a_lateral_writes_into_its_channels_without_concatenation():
         twin(*x)
         with RecordOperators() as recorded:
             twin(*x)
-    assert recorded.names.count("slowfast_ext::conv3d_bn_relu") == 1
-    assert "aten::copy_" in recorded.names
-    assert "aten::cat" not in recorded.names
+    assert recorded.names == ["slowfast_ext::lateral_fuse"]
+
+
+def test_a_lateral_of_another_geometry_is_kept():
+    plain = build(CASES["lateral"])
+    plain.conv = nn.Conv3d(8, 16, (5, 1, 1), (8, 1, 1), (1, 0, 0), bias=False)
+    assert "padding (1, 0, 0)" in FusedLateral.reason_against(plain)
 
 
 @cases
