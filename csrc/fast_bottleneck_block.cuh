@@ -410,7 +410,7 @@ class FastBottleneckBlock {
 };
 
 template <typename Element, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) fast_bottleneck_kernel(const FastBottleneckParameters p) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) fast_bottleneck_kernel(const FastBottleneckParameters p) {
   SHARED_MEMORY(shared);
   FastBottleneckBlock<Element, Tile>(p, shared).run();
 }
