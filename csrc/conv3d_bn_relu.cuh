@@ -9,7 +9,7 @@
 
 #include <climits>
 
-#include "device/ptx.h"
+#include "device/math.cuh"
 
 namespace slowfast_ext {
 
@@ -51,43 +51,6 @@ inline bool is_wide(const Conv3dParameters& p, int element_bytes) {
   const int chunk = 16 / element_bytes;
   return p.y_pitch % chunk == 0 && is_aligned(p.y, 16) && p.residual_pitch % chunk == 0 && is_aligned(p.residual, 16);
 }
-
-// How a 16 x 8 fragment grows by a 32-byte wide slice of the reduction.
-template <typename Element_>
-struct HalfMath {
-  using Element = Element_;
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ptx::mma_m16n8k16(d, a, b, Element{});
-  }
-};
-
-struct Tf32Math {
-  using Element = float;
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    uint32_t rounded_a[4], rounded_b[2];
-    for (int i = 0; i < 4; ++i) rounded_a[i] = ptx::round_to_tf32(ptx::bits_to_float(a[i]));
-    for (int i = 0; i < 2; ++i) rounded_b[i] = ptx::round_to_tf32(ptx::bits_to_float(b[i]));
-    ptx::mma_m16n8k8_tf32(d, rounded_a, rounded_b);
-  }
-};
-
-// Float32 out of tf32 tensor cores: each operand is the sum of two tf32 values (22 fraction bits), three of the four
-// products are kept, the dropped one is 2^-22 of the result. An infinite operand gives NaN.
-struct SplitTf32Math {
-  using Element = float;
-  static __device__ __forceinline__ void split(uint32_t value, uint32_t& high, uint32_t& low) {
-    high = ptx::round_to_tf32(ptx::bits_to_float(value));
-    low = ptx::round_to_tf32(ptx::bits_to_float(value) - ptx::bits_to_float(high));
-  }
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
-    for (int i = 0; i < 4; ++i) split(a[i], high_a[i], low_a[i]);
-    for (int i = 0; i < 2; ++i) split(b[i], high_b[i], low_b[i]);
-    ptx::mma_m16n8k8_tf32(d, low_a, high_b);
-    ptx::mma_m16n8k8_tf32(d, high_a, low_b);
-    ptx::mma_m16n8k8_tf32(d, high_a, high_b);
-  }
-};
 
 // A block's share of the output, and how its warps divide it.
 template <int kPixels_, int kChannels_, int kWarpsAlongPixels, int kWarpsAlongChannels, int kStages_>

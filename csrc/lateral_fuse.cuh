@@ -4,8 +4,9 @@
 // A tile is 128 pixels of one frame of y: its operand is, for each tap, 128 pixels in a row of one frame of fast. A
 // block takes one tile after another and keeps the weights of its channels in shared memory where they fit, else it
 // streams them with the pixels. Pixels arrive in a ring of stages as in conv3d_bn_relu.cuh, rows of 64 swizzled bytes
-// of the reduction over (tap, channel); the next tile is under way while a warp passes its results through shared memory
-// of its own, to store 16 bytes a lane. Neighbouring blocks take neighbouring frames of y, whose taps overlap in L2.
+// of the reduction over (tap, channel); the next tile is under way while a warp passes its results through shared
+// memory of its own, to store 16 bytes a lane. Neighbouring blocks take neighbouring frames of y, whose taps overlap in
+// L2.
 //
 // Bytes a pixel of y in 16 bits, without slow, R50 4x16 (5 taps, stride 8) | R50 8x8 (7 taps, stride 4; of overlapping
 // frames DRAM gives each once): 112 | 96 for 8 channels, 448 | 384 for 32, 896 | 768 for 64, 1792 | 1536 for 128. These
@@ -48,7 +49,8 @@ struct LateralTile {
   static constexpr int kRowStep = kThreads / kRowChunks;  // a thread fills one chunk column of every so many-th row
   static constexpr int kPixelBytes = kPixels * kRowBytes, kWeightBytes = kChannels * kRowBytes;
   // Blocks that a multiprocessor should run at once, as far as registers allow without spilling.
-  static constexpr int kBlocks = (kChannels == 16 ? 3 : kChannels == 64 ? 2 : 1) - (sizeof(Element) == 4 && kChannels < 128);
+  static constexpr bool kSpare = sizeof(Element) == 4 ? kChannels < 128 : kChannels == 64 && !kResident && !kVector;
+  static constexpr int kBlocks = (kChannels == 16 ? 3 : kChannels == 64 ? 2 : 1) - kSpare;
   // 16 bytes more than the values, so that the 8 rows that a warp writes at once start in different banks.
   static constexpr int kOutputPitch = kWarpChannels * sizeof(Element) + 16;
   static constexpr int kOutputBytes = kWarps * kWarpPixels * kOutputPitch;

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kAverageThreads) pool_head_average_kernel(cons
         static_cast<const Element*>(map.x) + (int64_t(clip) * pixels + pixel) * map.pixel_pitch + channel;
     const int64_t step = Tile::kPixels * map.pixel_pitch;
 
-    const auto add = [&](const float(&values)[kChunk]) {
+    const auto add = [&](const float (&values)[kChunk]) {
       if constexpr (kPositions == 1) {
         const float weight = static_cast<float>(windows_around(at.h(), map.height, map.window_h) *
                                                 windows_around(at.w(), map.width, map.window_w));
@@ -181,10 +181,8 @@ __global__ void __launch_bounds__(kAverageThreads) pool_head_average_kernel(cons
     for (int i = 0; i < kChunk; ++i) {
       float value = sum[position][i];
 #pragma unroll
-      for (int distance = Tile::kColumns; distance < 32; distance *= 2)
-        value += __shfl_xor_sync(~0u, value, distance);
-      if (lane < Tile::kColumns)
-        partial[warp * Tile::kSums + position * Tile::kChannels + column * kChunk + i] = value;
+      for (int distance = Tile::kColumns; distance < 32; distance *= 2) value += __shfl_xor_sync(~0u, value, distance);
+      if (lane < Tile::kColumns) partial[warp * Tile::kSums + position * Tile::kChannels + column * kChunk + i] = value;
     }
   }
   __syncthreads();

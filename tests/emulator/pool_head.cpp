@@ -1,5 +1,5 @@
-// csrc/pool_head.cuh for NumPy: features come as arrays in (N, C, T, H, W) order with channels side by side, 16-bit types
-// as their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
+// csrc/pool_head.cuh for NumPy: features come as arrays in (N, C, T, H, W) order with channels side by side, 16-bit
+// types as their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
 #include "pool_head.cuh"
 
 #include <pybind11/numpy.h>
