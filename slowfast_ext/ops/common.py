@@ -16,6 +16,17 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@torch.compiler.assume_constant_result
+def _convolutions_use_tf32() -> bool:
+    # Not cudnn.allow_tf32, which raises once a program has used the newer switch, and which sets this one too.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether torch lets a convolution of ``x`` round its factors to TF32."""
+    return x.dtype == torch.float32 and x.is_cuda and _convolutions_use_tf32()
+
+
 def has_pixels(tensor: Tensor) -> bool:
     """Channels side by side and pixels at one distance: channels_last_3d, or some channels of such a tensor."""
     sizes, strides = tensor.shape, tensor.stride()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import lib
-from .common import accumulator_dtype, check, check_out, refuse_gradients_with_out, register_autocast
+from .common import accumulator_dtype, allows_tf32, check, check_out, refuse_gradients_with_out, register_autocast
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[3] stride, int[3] padding, bool relu, bool allow_tf32"
@@ -37,8 +37,8 @@ def conv3d_bn_relu(
         y = y if residual is None else y + residual
         return y.relu() if relu else y
 
-    except that products, bias and residual are summed in float32 and rounded once (float32 convolutions use TF32 where
-    ``torch.backends.cudnn`` allows it, as torch's own do, and three TF32 products a term elsewhere). A batch norm in
+    except that products, bias and residual are summed in float32 and rounded once. Float32 convolutions use TF32 where
+    ``torch.backends.cudnn`` allows it, as torch's own do, and three TF32 products a term elsewhere. A batch norm in
     evaluation mode belongs into weight and bias: see :func:`fold_batch_norm`.
 
     Args:
@@ -64,7 +64,7 @@ def conv3d_bn_relu(
     """
     stride = (stride,) * 3 if isinstance(stride, int) else stride
     padding = (padding,) * 3 if isinstance(padding, int) else padding
-    allow_tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    allow_tf32 = allows_tf32(x)
     if out is None:
         return _operator(x, weight, bias, residual, stride, padding, relu, allow_tf32)
     refuse_gradients_with_out("conv3d_bn_relu", x, weight, bias, residual, out)

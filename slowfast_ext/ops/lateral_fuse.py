@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import lib
-from .common import accumulator_dtype, check, check_out, refuse_gradients_with_out, register_autocast
+from .common import accumulator_dtype, allows_tf32, check, check_out, refuse_gradients_with_out, register_autocast
 from .conv3d_bn_relu import conv3d_bn_relu_reference
 
 _ARGUMENTS = "Tensor fast, Tensor weight, Tensor? bias, int stride, bool relu, bool allow_tf32"
@@ -49,7 +49,7 @@ def lateral_fuse(
     Gradients for slow, fast, weight and bias, differentiable again. Under autocast slow, fast and weight are cast, bias
     is not.
     """
-    return _operator(slow, fast, weight, bias, stride, relu, _allow_tf32(fast))
+    return _operator(slow, fast, weight, bias, stride, relu, allows_tf32(fast))
 
 
 def lateral_fuse_into(
@@ -69,12 +69,8 @@ def lateral_fuse_into(
         RuntimeError: an argument has a wrong shape, dtype or device, or requires gradients while they are recorded.
     """
     refuse_gradients_with_out("lateral_fuse", fast, weight, bias, out)
-    _operator_out(fast, weight, bias, stride, relu, _allow_tf32(fast), out)
+    _operator_out(fast, weight, bias, stride, relu, allows_tf32(fast), out)
     return out
-
-
-def _allow_tf32(fast: Tensor) -> bool:
-    return fast.dtype == torch.float32 and fast.is_cuda and torch.backends.cudnn.allow_tf32
 
 
 _check = partial(check, "lateral_fuse")

@@ -10,6 +10,7 @@ from tolerances import tolerance
 from torch.testing import assert_close
 
 from slowfast_ext import ops
+from slowfast_ext.ops import common
 
 OPERATOR = torch.ops.slowfast_ext.conv3d_bn_relu.default
 OPERATOR_OUT = torch.ops.slowfast_ext.conv3d_bn_relu.out
@@ -322,6 +323,19 @@ def test_bad_devices_and_layouts_are_named_on_cuda():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.conv3d_bn_relu(**({"x": x, "weight": weight} | change))
+
+
+def test_torchs_newer_switch_for_tf32_is_followed_also_when_compiling():
+    conv = torch.backends.cudnn.conv
+    try:
+        for precision in ("tf32", "ieee"):
+            conv.fp32_precision = precision
+            assert common._convolutions_use_tf32() == (precision == "tf32")
+            compiled = torch.compile(lambda x: x + common._convolutions_use_tf32(), fullgraph=True, backend="eager")
+            assert compiled(torch.zeros(())) == (precision == "tf32")
+            torch._dynamo.reset()
+    finally:
+        conv.fp32_precision = "none"
 
 
 @pytest.mark.cuda
