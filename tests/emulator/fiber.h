@@ -161,7 +161,12 @@ class Stacks {
     for (unsigned i = 0; i < count; ++i) mprotect(static_cast<char*>(memory_) + i * kStride, kPage, PROT_NONE);
   }
   Stacks(const Stacks&) = delete;
-  ~Stacks() { munmap(memory_, bytes_); }
+  ~Stacks() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory_, bytes_);  // else whoever is given these addresses next is reported
+#endif
+    munmap(memory_, bytes_);
+  }
 
   char* operator[](unsigned i) const { return static_cast<char*>(memory_) + i * kStride + kPage + i * 320 % kPage; }
 
