@@ -36,9 +36,11 @@ void launch(const Conv3dParameters& p, bool allow_tf32, const Tensor& x) {
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
   const Conv3dPlan plan = plan_conv3d_bn_relu(p, element_size(x), multiprocessors);
   // Freed after the launch, but only to the allocator of this stream: no later use can overtake the kernels.
-  const Tensor partial =
-      torch::stable::empty({partial_size(p, plan.splits)}, ScalarType::Float, std::nullopt, x.device());
-  float* sums = partial.mutable_data_ptr<float>();
+  std::optional<Tensor> partial;
+  if (plan.splits > 1) {
+    partial = torch::stable::empty({partial_size(p, plan.splits)}, ScalarType::Float, std::nullopt, x.device());
+  }
+  float* sums = partial ? partial->mutable_data_ptr<float>() : nullptr;
   const cudaStream_t stream = current_stream(x);
   if (x.scalar_type() == ScalarType::BFloat16) {
     launch_conv3d_bn_relu<HalfMath<bfloat16>>(p, plan, sums, stream);

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
@@ -31,7 +32,7 @@ class VideoError(RuntimeError):
         self.reason = reason
 
 
-class Video:
+class Video(ABC):
     """An open video file. A context manager: close it promptly, decord decodes ahead without bound while it is idle.
 
     Open it in the process and thread that reads it; no decoder survives a fork.
@@ -44,17 +45,17 @@ class Video:
     path: str
     fps: float
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of frames."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, indices: list[int]) -> Iterator[np.ndarray]:
         """Frames at strictly increasing, valid indices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Free the decoder. The video cannot be read afterwards."""
-        raise NotImplementedError
 
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Frames one after the other, so that a caller can shrink each before the next is decoded.
