@@ -177,7 +177,7 @@ class CpuProgram(Program):
         last_uses: dict[Value, int],
         notes: tuple[str, ...],
     ):
-        self.signature, self.steps, self._network, self._notes = signature, steps, network, notes
+        self.signature, self.steps, self._network, self.notes = signature, steps, network, notes
         self._finished: list[list[Value]] = [[] for _ in steps]
         for buffer, index in last_uses.items():
             self._finished[index].append(buffer)
@@ -208,7 +208,7 @@ class CpuProgram(Program):
     def plan(self) -> Plan:
         dtype = self._network.dtype
         title = f"{CpuBackend.name} on {self._network.device}, {dtype}, clip {self.signature.shape}"
-        return Plan(title, self.steps, {}, 0, measure_ceilings(self._network.device, dtype), self._notes)
+        return Plan(title, self.steps, {}, 0, measure_ceilings(self._network.device, dtype), self.notes)
 
 
 def _select(clip: Tensor, frames: list[int] | None) -> Tensor:

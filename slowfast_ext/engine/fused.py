@@ -216,7 +216,7 @@ class ArenaProgram(Program):
         arena: Arena,
         notes: tuple[str, ...],
     ):
-        self.signature, self.steps, self._notes = signature, steps, notes
+        self.signature, self.steps, self.notes = signature, steps, notes
         self._backend, self._arena = backend, arena
         self._clip = arena.tensor(next(step.inputs[0] for step in steps if step.operator == "stem"))
         self._result = arena.tensor(steps[-1].outputs[0])
@@ -276,4 +276,4 @@ class ArenaProgram(Program):
         title = f"{FusedBackend.name} on {self._device}, {dtype}, clip {self.signature.shape}"
         title += ", one CUDA graph" if self._graph is not None else ""
         ceilings = measure_ceilings(self._device, dtype)
-        return Plan(title, self.steps, dict(self._arena.offsets), self._arena.bytes, ceilings, self._notes)
+        return Plan(title, self.steps, dict(self._arena.offsets), self._arena.bytes, ceilings, self.notes)

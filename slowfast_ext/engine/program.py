@@ -21,10 +21,12 @@ class Program(ABC):
     Attributes:
         signature: of the clips it takes.
         steps: what it runs.
+        notes: what else its plan says.
     """
 
     signature: Signature
     steps: Sequence[Step]
+    notes: tuple[str, ...]
 
     @abstractmethod
     def __call__(self, clip: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .cpu import CpuBackend
 from .cpu import unavailable_reason as cpu_unavailable_reason
 from .fused import FusedBackend
 from .network import read_network
+from .openvino import FasterCpuBackend
 from .plan import Plan, Signature
 from .program import Program
 
@@ -32,7 +33,8 @@ class InferenceEngine:
     Weights are folded with their batch norms in float32, rounded once to ``dtype`` and laid out for the kernels; the
     engine is a snapshot, and neither keeps the model nor follows its changes. The first clip of a shape is planned
     (seconds), the plans of the last 8 shapes are kept. On a GPU all tensors of a plan lie in one arena, the pathways
-    run on two streams and the whole is a CUDA graph. On a CPU the layers run in oneDNN.
+    run on two streams and the whole is a CUDA graph. On a CPU the layers run in oneDNN, or the network in OpenVINO if
+    that is installed (``pip install 'slowfast-ext[openvino]'``) and was measured to be faster.
 
     ``print(engine.plan)`` shows what runs where and why, with bytes, operations and the least time for each step.
 
@@ -87,7 +89,7 @@ class InferenceEngine:
         if self.device.type == "cuda":
             self._backend = FusedBackend(network, tuner, cuda_graph=bool(cuda_graph))
         else:
-            self._backend = CpuBackend(network, tuner)
+            self._backend = FasterCpuBackend(CpuBackend(network, tuner), tuner, model)
         self._tuner = tuner
         self._programs: OrderedDict[Signature, Program] = OrderedDict()
         self._lock = threading.Lock()
