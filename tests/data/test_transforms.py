@@ -112,10 +112,10 @@ def test_the_first_candidate_that_fits_is_taken():
     for seed in range(20):
         generator = np.random.default_rng(seed)
         ratios = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), 10))
-        areas = generator.uniform(0.08, 1, 10) * 100 * 300
+        areas = generator.uniform(0.08, 1, 10) * 200 * 300
         heights, widths = np.round(np.sqrt(areas / ratios)), np.round(np.sqrt(areas * ratios))
-        first = np.flatnonzero((heights <= 100) & (widths <= 300))[0]
-        assert random_resized_crop(100, 300, np.random.default_rng(seed))[2:] == (heights[first], widths[first])
+        first = np.flatnonzero((heights <= 200) & (widths <= 300))[0]
+        assert random_resized_crop(200, 300, np.random.default_rng(seed))[2:] == (heights[first], widths[first])
 
 
 def test_without_a_candidate_that_fits_the_middle_square_is_taken():

@@ -46,21 +46,18 @@ def test_tensors_are_shared_and_outlive_their_process(pool):
 
 
 def test_a_task_that_hangs_is_ended_and_those_behind_it_are_done():
-    pool = WorkerPool(task, 1, timeout=0.5)
+    pool = WorkerPool(task, 1, timeout=1.5)
     pool.submit("hangs", "hang")
     pool.submit("behind", ("double", 4))
-    start = time.monotonic()
-    outcomes = results(pool)
-    assert outcomes == {"hangs": TaskFailure("it took longer than 0.5 s"), "behind": 8}
-    assert time.monotonic() - start < 15
+    assert results(pool) == {"hangs": TaskFailure("it took longer than 1.5 s"), "behind": 8}
     pool.close()
 
 
 def test_time_spent_in_the_queue_does_not_count():
-    pool = WorkerPool(task, 1, timeout=1.0)
+    pool = WorkerPool(task, 1, timeout=1.5)
     for number in range(4):
-        pool.submit(number, ("sleep", 0.4))
-    time.sleep(2)  # the caller is away
+        pool.submit(number, ("sleep", 0.5))
+    time.sleep(2.5)  # the caller is away
     assert not any(isinstance(outcome, TaskFailure) for outcome in results(pool).values())
     pool.close()
 
