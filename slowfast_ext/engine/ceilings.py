@@ -42,6 +42,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
                 times.append(time.perf_counter() - start)
             return min(times[1:])
 
-        return Ceilings(
-            2 * size**3 / seconds(lambda: torch.mm(a, b)), 2 * copied / seconds(lambda: target.copy_(source))
-        )
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # the rate of float32 convolutions
+        try:
+            operations = 2 * size**3 / seconds(lambda: torch.mm(a, b))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+        return Ceilings(operations, 2 * copied / seconds(lambda: target.copy_(source)))
