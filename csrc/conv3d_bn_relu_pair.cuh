@@ -15,10 +15,23 @@ struct Conv3dPairParameters {
   unsigned first_reduce_blocks;  // blocks of the second launch that add splits of the first problem
 };
 
-// Block b is of the second problem where b * share / 2^32 steps: by 0 or 1, and to the number of its blocks at the end.
 inline uint32_t share_of_second(uint64_t first_blocks, uint64_t second_blocks) {
   const uint64_t blocks = first_blocks + second_blocks;
   return static_cast<uint32_t>(((second_blocks << 32) + blocks - 1) / blocks);
+}
+
+struct PairBlock {
+  int problem;
+  unsigned block;  // within the problem
+};
+
+// Of the first b blocks, floor(b * share / 2^32) are of the second problem: one more or none with each block, and all
+// of them at the end, as the rounding of the share adds less than one.
+__device__ __forceinline__ PairBlock pair_block(const Conv3dPairParameters& pair, unsigned block) {
+  const unsigned before = uint64_t(block) * pair.second_share >> 32;
+  const unsigned through = (uint64_t(block) + 1) * pair.second_share >> 32;
+  if (before == through) return {0, block - before};
+  return {1, before};
 }
 
 // As for one convolution, but for the tile that would spill.
@@ -29,14 +42,13 @@ constexpr int kPairResidentBlocks =
 template <typename Math, typename Tile, bool kVector>
 __global__ void __launch_bounds__(Tile::kThreads, (kPairResidentBlocks<Math, Tile>))
     conv3d_bn_relu_pair_kernel(const __grid_constant__ Conv3dPairParameters pair) {
-  const unsigned second = uint64_t(blockIdx.x) * pair.second_share >> 32;
-  const unsigned next_second = (uint64_t(blockIdx.x) + 1) * pair.second_share >> 32;
+  const PairBlock at = pair_block(pair, blockIdx.x);
   // Two copies of the code, whose operands are constants at fixed addresses: an index into the parameters would cost
   // registers, and loads in the main loop.
-  if (second == next_second) {
-    convolve_tile<Math, Tile, kVector>(pair.problems[0], blockIdx.x - second);
+  if (at.problem == 0) {
+    convolve_tile<Math, Tile, kVector>(pair.problems[0], at.block);
   } else {
-    convolve_tile<Math, Tile, kVector>(pair.problems[1], second);
+    convolve_tile<Math, Tile, kVector>(pair.problems[1], at.block);
   }
 }
 
