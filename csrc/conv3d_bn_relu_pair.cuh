@@ -36,8 +36,9 @@ __device__ __forceinline__ PairBlock pair_block(const Conv3dPairParameters& pair
 
 // As for one convolution, but for the tile that would spill.
 template <typename Math, typename Tile>
-constexpr int kPairResidentBlocks =
-    std::is_same_v<Math, SplitTf32Math> && std::is_same_v<Tile, TallTile> ? 2 : kResidentBlocks<Math, Tile>;
+constexpr int kPairResidentBlocks = kResidentBlocks<Math, Tile>;
+template <>
+inline constexpr int kPairResidentBlocks<SplitTf32Math, TallTile> = 2;
 
 template <typename Math, typename Tile, bool kVector>
 __global__ void __launch_bounds__(Tile::kThreads, (kPairResidentBlocks<Math, Tile>))
