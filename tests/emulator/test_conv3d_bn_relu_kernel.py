@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=s
 
 HERE = Path(__file__).resolve().parent
 BINDING = [HERE / "conv3d_bn_relu.cpp"]
-KERNEL = "conv3d_bn_relu.cuh"
+KERNEL = "conv3d_tile.cuh"
 
 # What is changed in the kernel, how it is run, and on which cases: plainly, in a random order of threads, with bank
 # conflicts counted, or under a sanitizer.
