@@ -93,7 +93,9 @@ def test_json_has_every_sample_and_numbers_that_follow_from_them(document):
         assert row["clips_per_second"] == pytest.approx(1e3 / row["median_ms"])
         assert row["videos_per_second"] == pytest.approx(row["clips_per_second"] / 30)
         assert row["speedup_over_best_plain"] == pytest.approx(best_plain / row["median_ms"])
-    assert sum(document["variants"][2]["blocks"].values()) == 2 + 4 + 16  # stems, laterals, basic blocks
+    assert (
+        sum(document["variants"][2]["blocks"].values()) == 1 + 2 + 4 + 16 + 1
+    )  # backbone, stems, laterals, basic blocks, head
 
 
 def test_only_the_asked_for_files_are_left(folder):
