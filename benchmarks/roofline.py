@@ -67,7 +67,7 @@ class Block(Kernel):
     """Consecutive layers as one kernel that reads their input and weights and writes their output.
 
     Attributes:
-        name: of the module that has them.
+        name: of the module that has them, of a stem that of its pathway.
         kind: ``fast_bottleneck``; ``stem``, a pathway's first convolution and its pooling; ``slow_bottleneck``, one of
             the slow pathway's first stage.
     """
@@ -176,7 +176,7 @@ def fused_blocks(model: nn.Module, layers: list[Layer]) -> list[Block]:
     blocks = []
     for name, module in model.named_modules():
         if isinstance(module, ResNet3dPathway):
-            kind, parts = "stem", (f"{name}.conv1.", f"{name}.maxpool")
+            kind, parts = "stem", f"{name}.conv1."
         elif isinstance(module, Bottleneck3d) and name.startswith("backbone.fast_path."):
             kind, parts = "fast_bottleneck", f"{name}."
         elif isinstance(module, Bottleneck3d) and name.startswith("backbone.slow_path.layer1."):

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from ._library import unavailable_reason
-from .models.resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral
-from .nn import FusedBasicBlock3d, FusedBlock, FusedBottleneck3d, FusedConvBNReLU3d, FusedLateral
+from .models import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, SlowFastBackbone, SlowFastHead, Stem
+from .nn import (
+    FusedBasicBlock3d,
+    FusedBlock,
+    FusedBottleneck3d,
+    FusedConvBNReLU3d,
+    FusedHead,
+    FusedLateral,
+    FusedSlowFastBackbone,
+    FusedStem,
+)
 from .nn.block import TWINS
 
 TWINS.update(
@@ -20,6 +29,9 @@ TWINS.update(
         Bottleneck3d: FusedBottleneck3d,
         ConvBNReLU3d: FusedConvBNReLU3d,
         Lateral: FusedLateral,
+        SlowFastBackbone: FusedSlowFastBackbone,
+        SlowFastHead: FusedHead,
+        Stem: FusedStem,
     }
 )
 
@@ -36,6 +48,8 @@ class Row:
         block: class of the plain block.
         twin: class of the twin in its place, None where the block was kept.
         reason: why the block was kept, or why the twin's last forward was the plain block's; None if neither.
+        layer_by_layer: why the twin's last fused forward was not one operator for the whole block, where there is one
+            for such blocks; None otherwise.
         served_by: what runs the operators on the twin's device, "CUDA kernels" or "PyTorch: <reason>"; None if kept.
         called: whether the twin has run; forwards under torch.compile are not counted.
     """
@@ -44,6 +58,7 @@ class Row:
     block: str
     twin: str | None = None
     reason: str | None = None
+    layer_by_layer: str | None = None
     served_by: str | None = None
     called: bool = False
 
@@ -53,6 +68,8 @@ class Row:
             return f"kept: {self.reason}"
         if self.reason is not None:
             return f"{self.twin}, last forward plain: {self.reason}"
+        if self.layer_by_layer is not None:
+            return f"{self.twin}, layer by layer: {self.layer_by_layer}"
         return self.twin if self.called else f"{self.twin}, no forward yet"
 
 
@@ -92,7 +109,8 @@ def accelerate(
     concerned. In evaluation mode without gradients of parameters it computes the block's result with the batch norms
     folded; otherwise it runs the block's own forward. Changed weights are noticed, except those edited through
     ``parameter.data``, which torch does not tell. The outermost block that can be fused is replaced; inside one that is
-    kept the search goes on. Accelerating again changes nothing that is fused.
+    kept the search goes on, as it does inside the backbone, whose twin joins those of its blocks. Accelerating again
+    changes nothing that is fused.
 
     Args:
         model: any module that contains blocks of :mod:`slowfast_ext.models`.
@@ -150,7 +168,8 @@ def explain(model: nn.Module) -> Report:
         elif reason is not None:
             rows.append(Row(name, type(module).__name__, reason=reason))
         elif left_out is None or not name.startswith(left_out):  # else the block around it has the row
-            left_out = f"{name}." if name else ""
+            if not _twin_class(module).nested:
+                left_out = f"{name}." if name else ""
             rows.append(Row(name, type(module).__name__, reason=NOT_ACCELERATED))
     return Report(tuple(rows))
 
@@ -175,19 +194,24 @@ def _find(
 ) -> Iterator[tuple[str, nn.Module, str | None, bool]]:
     """Twins and candidates, depth first: name, module, the reason against fusing it, and whether that is wanted.
 
-    Does not look into what is fused or will be.
+    Looks into what is fused or will be only where that has twins inside.
     """
     if isinstance(module, FusedBlock):
         yield name, module, None, True
-        return
-    twin = next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
-    if twin is not None:
+        if not module.nested:
+            return
+    elif (twin := _twin_class(module)) is not None:
         reason, wanted = twin.reason_against(module), bool(where(name, module))
         yield name, module, reason, wanted
-        if wanted and reason is None:
+        if wanted and reason is None and not twin.nested:
             return
     for key, child in module.named_children():
         yield from _find(child, where, f"{name}.{key}" if name else key)
+
+
+def _twin_class(module: nn.Module) -> type[FusedBlock] | None:
+    """The twin of the module's class or, for want of one, of a class it derives from."""
+    return next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
 
 
 def _fused_row(name: str, twin: FusedBlock) -> Row:
@@ -196,7 +220,9 @@ def _fused_row(name: str, twin: FusedBlock) -> Row:
     served_by = "CUDA kernels" if unavailable is None else f"PyTorch: {unavailable}"
     last = twin.last_forward
     reason = None if last in (None, "fused") else last
-    return Row(name, type(twin.plain).__name__, type(twin).__name__, reason, served_by, last is not None)
+    layer_by_layer = twin.layer_by_layer if last == "fused" else None
+    classes = (type(twin.plain).__name__, type(twin).__name__)
+    return Row(name, *classes, reason, layer_by_layer, served_by, last is not None)
 
 
 def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..models import SlowFastConfig, SlowFastRecognizer
 from ..models.head import SlowFastHead
-from ..models.resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway
+from ..models.resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway, Stem
 from ..models.slowfast import SlowFastBackbone
 from ..ops import fold_batch_norm, stem_reason_against
 
@@ -24,6 +24,7 @@ _KNOWN = (
     BasicBlock3d,
     Bottleneck3d,
     ConvBNReLU3d,
+    Stem,
     Lateral,
     nn.Sequential,
     nn.Conv3d,
@@ -144,7 +145,7 @@ def read_network(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             tuple(residual_block(f"{name}.layer{number}.{index}", block) for index, block in enumerate(stage))
             for number, stage in enumerate(module.stages, start=1)
         ]
-        reason = stem_reason_against(module.conv1.conv, module.maxpool)
+        reason = stem_reason_against(module.conv1.conv, module.conv1.maxpool)
         return Pathway(convolution(f"{name}.conv1", module.conv1), reason, tuple(stages))
 
     backbone, head = model.backbone, model.head

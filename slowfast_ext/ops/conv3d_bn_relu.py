@@ -163,19 +163,34 @@ def conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu, a
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
-    """Float32 goes to oneDNN with the epilogue as its post-ops, through the operators that torch's own compiler uses.
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
-    ``F.conv3d`` takes a path without oneDNN for N * C * T * H <= 20480, which is up to 20 times slower.
+
+def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
+    """To oneDNN where it has the dtype, with the epilogue as its post-ops, as torch's own compiler calls it.
+
+    ``F.conv3d`` takes a path without oneDNN for N * C * T * H <= 20480, which is up to 20 times slower. In 16 bits
+    oneDNN's own ReLU makes zeros of NaN, and its addition wants the bias in 16 bits: these two are torch's.
     """
     shape = _output_shape(x, weight, bias, residual, stride, padding)
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not _onednn_computes(x.dtype):
         return conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu)
     if 0 in shape:
         return x.new_empty(shape).to(memory_format=torch.channels_last_3d)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     convolution = (weight, bias, padding, stride, (1, 1, 1), 1)
-    if residual is None:
+    if x.dtype != torch.float32:
+        y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "none", [], "")
+        y = y if residual is None else y.add_(residual)
+        y = y.relu_() if relu else y
+    elif residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "relu" if relu else "none", [], "")
     else:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
