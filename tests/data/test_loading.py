@@ -158,8 +158,9 @@ def test_an_abandoned_iteration_leaves_nothing_behind(tmp_path):
         iteration = iter(loader)
         next(iteration)
         with pytest.raises(RuntimeError, match="one iteration must end before the next begins"):
-            iter(loader)
+            next(iter(loader))
         iteration.close()
+        assert len(loader._pool) == 0
         assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 

@@ -97,8 +97,9 @@ def test_random_crops_have_the_areas_and_ratios_of_the_recipe():
     top, left, height, width = draws(256, 340).T
     assert (top >= 0).all()
     assert (left >= 0).all()
-    assert (top + height).max() == 256  # the far edges are reached
-    assert (left + width).max() == 340
+    small = (height < 200) & (width < 250)
+    assert (top + height)[small].max() == 256  # the far edges are reached
+    assert (left + width)[small].max() == 340
     area, ratio = height * width / (256 * 340), width / height
     assert 0.078 < area.min() < 0.1
     assert area.max() > 0.9
