@@ -2,35 +2,32 @@
 // their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
 #include "conv3d_bn_relu.cuh"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
+#include "module.h"
+
 using namespace slowfast_ext;
+using emulator::Array;
 
 namespace {
 
-int64_t stride(const py::array& array, int dimension) { return array.strides(dimension) / array.itemsize(); }
+int64_t stride(const Array& array, int dimension) { return array.strides(dimension) / array.itemsize(); }
 
-void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::array& x, const py::array& weight,
-                    const py::object& bias, const py::object& residual, py::array y, std::array<int, 3> steps,
+void conv3d_bn_relu(const std::string& math, const std::string& tile, const Array& x, const Array& weight,
+                    const Array& bias, const Array& residual, const Array& y, std::array<int, 3> steps,
                     std::array<int, 3> padding, bool relu, int multiprocessors, int splits) {
   Conv3dParameters p{};
   p.x = x.data();
   p.weight = weight.data();
-  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
+  p.bias = static_cast<const float*>(bias.data());
   p.y = y.mutable_data();
   p.y_pitch = stride(y, 4);
   if (!residual.is_none()) {
-    const py::array array(residual);
-    p.residual = array.data();
-    p.residual_pitch = stride(array, 4);
+    p.residual = residual.data();
+    p.residual_pitch = stride(residual, 4);
   }
   p.x_stride_n = stride(x, 0);
   p.x_stride_c = stride(x, 1);
@@ -78,11 +75,6 @@ void conv3d_bn_relu(const std::string& math, const std::string& tile, const py::
 
 }  // namespace
 
-// Of the last launch: ldmatrix instructions, and those of their 8x8 matrices that met a bank twice.
-std::pair<uint64_t, uint64_t> statistics() {
-  return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
-}
-
 // Tile and splits chosen for a 16-bit layer whose operands are aligned.
 std::pair<std::string, int> plan(int pixels, int in_channels, int out_channels, int taps, int multiprocessors) {
   Conv3dParameters p{};
@@ -96,8 +88,7 @@ std::pair<std::string, int> plan(int pixels, int in_channels, int out_channels, 
   return {names[static_cast<int>(plan.tile)], plan.splits};
 }
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+EMULATED_MODULE(module) {
   module.def("plan", &plan);
   module.def("conv3d_bn_relu", &conv3d_bn_relu);
-  module.def("statistics", &statistics);
 }
