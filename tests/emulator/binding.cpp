@@ -39,6 +39,7 @@ py::object to_python(const Value& value) {
 PYBIND11_MODULE(kernel, module) {
   Module functions;
   define(functions);
+  if (define_traffic) define_traffic(functions);
   for (const auto& [name, function] : functions.functions) {
     module.def(name, [function = function](const py::args& arguments) -> py::object {
       Values values;

@@ -37,6 +37,11 @@ class Array {
   int64_t itemsize() const { return itemsize_; }
   int64_t shape(int dimension) const { return shape_.at(dimension); }
   int64_t strides(int dimension) const { return strides_.at(dimension); }
+  int64_t bytes() const {  // of an array that is dense
+    int64_t bytes = itemsize_;
+    for (const int64_t size : shape_) bytes *= size;
+    return bytes;
+  }
 
  private:
   void* data_ = nullptr;
@@ -114,7 +119,7 @@ class Module {
   static Values call(const char* name, Result (*function)(Parameters...), const Values& arguments,
                      std::index_sequence<kIndices...>) {
     size_t index = 0;
-    const auto convert = [&](auto type, size_t i) -> decltype(auto) {
+    [[maybe_unused]] const auto convert = [&](auto type, size_t i) -> decltype(auto) {
       index = i;
       return decltype(type)::from(arguments[i]);
     };
@@ -134,7 +139,8 @@ class Module {
   }
 };
 
-void define(Module& module);  // by EMULATED_MODULE, once a library
+void define(Module& module);                                // by EMULATED_MODULE, once a library
+__attribute__((weak)) void define_traffic(Module& module);  // by traffic.cpp, where it is linked
 
 }  // namespace slowfast_ext::emulator
 

@@ -24,7 +24,7 @@ MUTANTS = {
         "address",
         "shorter_than_the_kernel",
     ),
-    "y_is_written_beyond_the_last_pixel": Mutant("if (pixel >= p.area) break;", "", "address", "lateral_alone"),
+    "y_is_written_beyond_the_last_pixel": Mutant("if (pixel >= p.area) continue;", "", "address", "lateral_alone"),
     "slow_is_copied_beyond_the_last_pixel": Mutant(
         "min(Tile::kPixels, p.area - at.pixel)",
         "Tile::kPixels",

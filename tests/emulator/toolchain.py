@@ -33,6 +33,8 @@ SANITIZERS = {
     ],
     "thread": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
+# Compiled as for ThreadSanitizer, but linked to traffic.cpp in its place.
+TRAFFIC = ["-O0", "-fsanitize=thread", "-DEMULATOR_TRAFFIC"]
 
 
 def compiler():
@@ -98,24 +100,23 @@ def headers_of(*folders):
     return [path for folder in folders for path in folder.rglob("*.*h")]
 
 
-_binding_lock = threading.Lock()
+_shared_object_lock = threading.Lock()
 
 
-def binding():
-    """The object that is linked to every kernel."""
-    with _binding_lock:
-        flags = [*FLAGS, "-O1", "-c"]
-        return make(
-            "binding.o", flags, [EMULATOR / "binding.cpp"], headers_of(EMULATOR), [EMULATOR, *python_includes()]
-        )
+def shared_object(name, *flags):
+    """The object of ``name``.cpp, which is linked to many kernels."""
+    with _shared_object_lock:
+        includes = [EMULATOR, *python_includes()]
+        return make(f"{name}.o", [*FLAGS, *flags, "-c"], [EMULATOR / f"{name}.cpp"], headers_of(EMULATOR), includes)
 
 
-def build(name, *, sanitizer=None, defines=(), csrc=CSRC):
+def build(name, *, sanitizer=None, traffic=False, defines=(), csrc=CSRC):
     """Build the module of ``name``.cpp, or find it in the cache.
 
     Args:
         name (str): of an operator, or "toy_kernels".
         sanitizer (str | None): one of SANITIZERS.
+        traffic (bool): count what each access to memory costs, see traffic.h; without a sanitizer.
         defines (Iterable[str]): macros, ``NAME`` or ``NAME=VALUE``.
         csrc (Path): kernels, perhaps a mutant.
 
@@ -127,10 +128,17 @@ def build(name, *, sanitizer=None, defines=(), csrc=CSRC):
     """
     source = EMULATOR / f"{name}.cpp"
     binds_itself = "PYBIND11_MODULE" in source.read_text()
-    flags = [*FLAGS, *SANITIZERS[sanitizer], "-DSLOWFAST_EXT_EMULATOR", *(f"-D{define}" for define in defines)]
+    sanitizers = SANITIZERS[sanitizer]
+    flags = [*FLAGS, *(TRAFFIC if traffic else sanitizers), "-DSLOWFAST_EXT_EMULATOR"]
+    flags += [f"-D{define}" for define in defines]
     includes = [csrc, EMULATOR, *(python_includes() if binds_itself else [])]
     kernel = make(f"{name}.o", [*flags, "-c"], [source], headers_of(csrc, EMULATOR), includes)
-    return make(f"{name}.so", [*flags, "-shared"], [kernel, *([] if binds_itself else [binding()])])
+    objects = [kernel]
+    if not binds_itself:
+        objects.append(shared_object("binding", "-O1"))
+    if traffic:
+        objects.append(shared_object("traffic", "-O2", "-DSLOWFAST_EXT_EMULATOR", "-DEMULATOR_TRAFFIC"))
+    return make(f"{name}.so", [*FLAGS, *([] if traffic else sanitizers), "-shared"], objects)
 
 
 def load(library):
