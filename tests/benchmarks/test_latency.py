@@ -99,9 +99,8 @@ def test_json_has_every_sample_and_numbers_that_follow_from_them(document):
         assert row["speedup_over_eager_float32"] == pytest.approx(eager / row["median_ms"])
         assert row["dtype"] == "float32"
         assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] >= 0
-    assert (
-        sum(document["variants"][2]["blocks"].values()) == 1 + 2 + 4 + 16 + 1
-    )  # backbone, stems, laterals, blocks, head
+    # Backbone, stems, laterals, blocks, head.
+    assert sum(document["variants"][2]["blocks"].values()) == 1 + 2 + 4 + 16 + 1
     # The clip, stems, laterals, the blocks' convolutions (8 of 16 have one in the shortcut, less one), the head.
     assert sum(document["variants"][3]["blocks"].values()) == 1 + 2 + 4 + 32 + 7 + 1
 

@@ -2,33 +2,31 @@
 // bits.
 #pragma once
 
-#include <pybind11/numpy.h>
-
 #include <array>
 #include <stdexcept>
 #include <string>
 
 #include "conv3d_plan.cuh"
+#include "module.h"
 
 namespace slowfast_ext {
 
-namespace py = pybind11;
+using emulator::Array;
 
-inline int64_t stride(const py::array& array, int dimension) { return array.strides(dimension) / array.itemsize(); }
+inline int64_t stride(const Array& array, int dimension) { return array.strides(dimension) / array.itemsize(); }
 
-inline Conv3dParameters conv3d_parameters(const py::array& x, const py::array& weight, const py::object& bias,
-                                          const py::object& residual, py::array y, const std::array<int, 3>& steps,
+inline Conv3dParameters conv3d_parameters(const Array& x, const Array& weight, const Array& bias, const Array& residual,
+                                          const Array& y, const std::array<int, 3>& steps,
                                           const std::array<int, 3>& padding, bool relu) {
   Conv3dParameters p{};
   p.x = x.data();
   p.weight = weight.data();
-  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
+  p.bias = static_cast<const float*>(bias.data());
   p.y = y.mutable_data();
   p.y_pitch = stride(y, 4);
   if (!residual.is_none()) {
-    const py::array array(residual);
-    p.residual = array.data();
-    p.residual_pitch = stride(array, 4);
+    p.residual = residual.data();
+    p.residual_pitch = stride(residual, 4);
   }
   p.x_stride_n = stride(x, 0);
   p.x_stride_c = stride(x, 1);

@@ -1,10 +1,6 @@
 // csrc/conv3d_bn_relu_pair.cuh for NumPy.
 #include "conv3d_bn_relu_pair.cuh"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,17 +10,15 @@ using namespace slowfast_ext;
 
 namespace {
 
-using Convolution = std::tuple<py::array, py::object, py::array, std::array<int, 3>, std::array<int, 3>, bool>;
-
-Conv3dParameters parameters(const py::array& x, const Convolution& convolution) {
-  const auto& [weight, bias, y, steps, padding, relu] = convolution;
-  return conv3d_parameters(x, weight, bias, py::none(), y, steps, padding, relu);
-}
-
-// A convolution is (weight, bias, y, stride, padding, relu). Splits of 0 are those that the cost model says.
-void conv3d_bn_relu_pair(const std::string& math, const std::string& tile, const py::array& x, const Convolution& first,
-                         const Convolution& second, int multiprocessors, std::array<int, 2> splits) {
-  const Conv3dParameters problems[2] = {parameters(x, first), parameters(x, second)};
+// Of each convolution weight, bias, y, stride, padding and relu. Splits of 0 are those that the cost model says.
+void conv3d_bn_relu_pair(const std::string& math, const std::string& tile, const Array& x, const Array& weight,
+                         const Array& bias, const Array& y, std::array<int, 3> steps, std::array<int, 3> padding,
+                         bool relu, const Array& weight_shortcut, const Array& bias_shortcut, const Array& shortcut,
+                         std::array<int, 3> steps_shortcut, std::array<int, 3> padding_shortcut, bool relu_shortcut,
+                         int multiprocessors, std::array<int, 2> splits) {
+  const Conv3dParameters problems[2] = {conv3d_parameters(x, weight, bias, {}, y, steps, padding, relu),
+                                        conv3d_parameters(x, weight_shortcut, bias_shortcut, {}, shortcut,
+                                                          steps_shortcut, padding_shortcut, relu_shortcut)};
   Conv3dPairPlan plan = plan_conv3d_bn_relu_pair(problems, x.itemsize(), multiprocessors);
   plan.tile = tile_named(tile, plan.tile);
   for (int i = 0; i < 2; ++i) {
@@ -35,21 +29,16 @@ void conv3d_bn_relu_pair(const std::string& math, const std::string& tile, const
             [&](auto math) { launch_conv3d_bn_relu_pair<decltype(math)>(problems, plan, partial.data(), nullptr); });
 }
 
-// Of the last launch: ldmatrix instructions, and those of their 8x8 matrices that met a bank twice.
-std::pair<uint64_t, uint64_t> statistics() {
-  return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
-}
-
 // Of a 16-bit layer whose operands are aligned: pixels, in_channels, out_channels, taps.
 using Layer = std::array<int, 4>;
 
 Conv3dParameters layer(const Layer& sizes) { return conv3d_layer(sizes[0], sizes[1], sizes[2], sizes[3]); }
 
 // Tile and splits chosen for two layers.
-std::tuple<std::string, int, int> plan(const Layer& first, const Layer& second, int multiprocessors) {
+std::pair<std::string, std::pair<int, int>> plan(const Layer& first, const Layer& second, int multiprocessors) {
   const Conv3dParameters problems[2] = {layer(first), layer(second)};
   const Conv3dPairPlan plan = plan_conv3d_bn_relu_pair(problems, 2, multiprocessors);
-  return {kTileNames[static_cast<int>(plan.tile)], plan.splits[0], plan.splits[1]};
+  return {kTileNames[static_cast<int>(plan.tile)], {plan.splits[0], plan.splits[1]}};
 }
 
 // The problem of a block, and its number there, in a grid of so many blocks of each.
@@ -62,9 +51,8 @@ std::pair<int, unsigned> block_at(unsigned first_blocks, unsigned second_blocks,
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+EMULATED_MODULE(module) {
   module.def("conv3d_bn_relu_pair", &conv3d_bn_relu_pair);
-  module.def("statistics", &statistics);
   module.def("plan", &plan);
   module.def("block_at", &block_at);
 }

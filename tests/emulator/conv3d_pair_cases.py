@@ -4,10 +4,10 @@ NumPy only, so that it runs under a sanitizer: ``python conv3d_pair_cases.py LIB
 cases whose names contain SUBSTRING and prints error and bank conflicts of each.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 
+import harness
 import numpy as np
 from conv3d_cases import TILES, Storage, channels_last, convolve, lay_out
 
@@ -114,30 +114,19 @@ class Problem:
         return np.inf if np.isnan(error).any() else float((error / np.maximum(bound, 1e-30)).max())
 
 
-def run(module, case, math, seed=0, multiprocessors=4):
+def run(module, case, math="bfloat16", seed=0, multiprocessors=4):
     """The largest error of both results in units of what rounding can explain: the bound of conv3d_cases.run."""
     random = np.random.default_rng(seed)
     storage = Storage(math)
     x = storage.encode(random.standard_normal(case.x))
     first, second = (Problem(convolution, x, storage, random) for convolution in (case.first, case.second))
     problems = first.arguments, second.arguments
-    module.conv3d_bn_relu_pair(math, case.tile, lay_out(x, case.layout), *problems, multiprocessors, case.splits)
+    module.conv3d_bn_relu_pair(
+        math, case.tile, lay_out(x, case.layout), *problems[0], *problems[1], multiprocessors, case.splits
+    )
     lost = {"tf32": 2.0**-10, "float32": 2.0**-21}.get(math, 0.0)
     return max(first.error(lost), second.error(lost))
 
 
-def main(library, substring=""):
-    spec = importlib.util.spec_from_file_location(library.rsplit("/", 1)[-1].split("-")[0], library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    failures, names = 0, [name for name in CASES if substring in name]
-    for name in names:
-        error = run(module, CASES[name], "bfloat16")
-        _, bank_conflicts = module.statistics()
-        print(f"{name}: error {error:.3f} of the bound, {bank_conflicts} bank conflicts")
-        failures += error > 1 or bank_conflicts > 0
-    return 0 if names and not failures else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(harness.main(run, CASES, *sys.argv[1:]))

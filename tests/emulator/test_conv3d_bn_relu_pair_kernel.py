@@ -3,83 +3,46 @@
 What both operators share is mutated in test_conv3d_bn_relu_kernel.py.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import build
 import conv3d_pair_cases
+import harness
 import pytest
 from conv3d_cases import MATHS, TILES
 from conv3d_pair_cases import CASES
+from harness import Mutant
 
-pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
-
-HERE = Path(__file__).resolve().parent
-BINDING = [HERE / "conv3d_bn_relu_pair.cpp"]
-KERNEL = "conv3d_bn_relu_pair.cuh"
-
-# What is changed in the kernel: an expression, found by what is before it, and on which cases. All are in one library,
-# which MUTANT in the environment picks from.
 MUTANTS = {
-    "second_problem_is_the_first": ("convolve_tile<Math, Tile, kVector>(pair.problems[", "1", "0", "slow_res2"),
-    "blocks_of_the_first_are_counted_among_all": ("return {0, ", "block - before", "block", "fast_res3"),
-    "share_is_rounded_down": ("(second_blocks << 32) + ", "blocks - 1", "0", "slow_res4"),
-    "sums_of_both_share_memory": ("partial + ", "partial_size(problems[0], plan.splits[0])", "0", "splits_4_3"),
-    "one_block_of_sums_is_of_the_wrong_problem": (
-        "const unsigned problem = ",
-        "blockIdx.x >= pair.first_reduce_blocks",
-        "blockIdx.x > pair.first_reduce_blocks",
+    "second_problem_is_the_first": Mutant(
+        "convolve_tile<Math, Tile, kVector>(pair.problems[1",
+        "convolve_tile<Math, Tile, kVector>(pair.problems[0",
+        "plain",
+        "slow_res2",
+    ),
+    "blocks_of_the_first_are_counted_among_all": Mutant(
+        "return {0, block - before", "return {0, block", "plain", "fast_res3"
+    ),
+    "share_is_rounded_down": Mutant(
+        "(second_blocks << 32) + blocks - 1", "(second_blocks << 32)", "plain", "slow_res4"
+    ),
+    "sums_of_both_share_memory": Mutant(
+        "partial + partial_size(problems[0], plan.splits[0])", "partial", "plain", "splits_4_3"
+    ),
+    "one_block_of_sums_is_of_the_wrong_problem": Mutant(
+        "const unsigned problem = blockIdx.x >= pair.first_reduce_blocks",
+        "const unsigned problem = blockIdx.x > pair.first_reduce_blocks",
+        "plain",
         "splits_4_3",
     ),
-    "blocks_of_sums_are_counted_among_all": (
-        "problem ? ",
-        "blockIdx.x - pair.first_reduce_blocks",
-        "blockIdx.x",
-        "splits_4_3",
+    "blocks_of_sums_are_counted_among_all": Mutant(
+        "problem ? blockIdx.x - pair.first_reduce_blocks", "problem ? blockIdx.x", "plain", "splits_4_3"
     ),
-    "one_aligned_weight_is_enough": (
-        "return ",
-        "copies_in_chunks(problems[0], element_bytes) && copies_in_chunks(problems[1], element_bytes)",
-        "copies_in_chunks(problems[0], element_bytes)",
+    "one_aligned_weight_is_enough": Mutant(
+        "return copies_in_chunks(problems[0], element_bytes) && copies_in_chunks(problems[1], element_bytes)",
+        "return copies_in_chunks(problems[0], element_bytes)",
+        "address",
         "second_weight_unaligned",
     ),
 }
-SANITIZERS = ("address", "thread")
-
-
-def build_mutants():
-    replacements = [
-        (before + old, f"{before}(MUTANT == {number} ? ({new}) : ({old}))")
-        for number, (before, old, new, _) in enumerate(MUTANTS.values())
-    ]
-    defines = ("ONLY_BFLOAT16", 'MUTANT=std::atoi(std::getenv("MUTANT"))')
-    return build.build("conv3d_bn_relu_pair", BINDING, defines=defines, csrc=build.mutate({KERNEL: replacements}))
-
-
-@pytest.fixture(scope="module")
-def builds():
-    """All libraries, compiled side by side: a dictionary of futures."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {"plain": pool.submit(build.build, "conv3d_bn_relu_pair", BINDING)}
-        for sanitizer in SANITIZERS:
-            options = {"sanitizer": sanitizer, "defines": ("ONLY_BFLOAT16",)}
-            futures[sanitizer] = pool.submit(build.build, "conv3d_bn_relu_pair", BINDING, **options)
-        futures["mutants"] = pool.submit(build_mutants)
-        yield futures
-        for future in futures.values():
-            future.cancel()
-
-
-@pytest.fixture(scope="module")
-def kernel(builds):
-    builds["plain"].result()  # else load would compile it a second time
-    return build.load("conv3d_bn_relu_pair", BINDING)
-
-
-def run(library, cases="", sanitizer=None, **environment):
-    """Run the bfloat16 cases whose names contain `cases` in a process of their own."""
-    return build.run_sanitized(sanitizer, HERE / "conv3d_pair_cases.py", library, cases, environment=environment)
+KERNEL = harness.Kernel("conv3d_bn_relu_pair", conv3d_pair_cases, MUTANTS)
 
 
 @pytest.mark.parametrize("math", MATHS)
@@ -139,19 +102,11 @@ def test_one_tile_suits_both_and_each_splits_for_itself(kernel, first, second, c
     assert kernel.plan(first, second, 132) == plan
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizer_finds_nothing(builds, sanitizer):
-    result = run(builds[sanitizer].result(), sanitizer=sanitizer)
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    assert result.stdout.count("\n") == len(CASES)
+@pytest.mark.parametrize("build", harness.SANITIZERS)
+def test_sanitizer_finds_nothing(builds, build):
+    builds.check_sanitizer_finds_nothing(build)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(builds, name):
-    *_, cases = MUTANTS[name]
-    library = builds["mutants"].result()
-    assert run(library, cases, MUTANT="-1").returncode == 0
-    result = run(library, cases, MUTANT=str(list(MUTANTS).index(name)))
-    assert result.returncode != 0
-    # Seen for what it is, not because the process broke down on the way.
-    assert result.stdout or "emulator" in result.stderr
+@pytest.mark.parametrize("build", MUTANTS)
+def test_mutant_is_seen(builds, build):
+    builds.check_mutant_is_seen(build)

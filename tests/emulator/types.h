@@ -48,7 +48,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 
 template <typename T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
   return *address;
 }
 
