@@ -35,7 +35,7 @@ OUTSIDE = {
     "nn": {"torch"},
     "models": {"torch"},
     "accelerate": {"torch"},
-    "engine": {"torch"},
+    "engine": {"openvino", "torch"},
     "checkpoints": {"numpy", "safetensors", "torch"},
     "data": {"numpy", "torch", *DECODERS},
 }

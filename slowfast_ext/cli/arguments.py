@@ -16,6 +16,7 @@ import slowfast_ext
 from ..data import DECODERS, ViewPlan
 from ..evaluation.inference import PlainEngine, prepare
 from ..models import SlowFastConfig
+from .files import positive
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,22 +209,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_writable(option: str, path: str) -> None:
-    """Raise ValueError unless a file can be written at ``path``."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option} must be a file in an existing, writable folder, got '{path}'")
-
-
 def warn(command: str, notes: Iterable[str]) -> None:
     """One line on stderr for each note."""
     for note in notes:
         print(f"slowfast-ext {command}: warning: {note}", file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -9,7 +9,8 @@ from torch import nn
 from ..evaluation.extras import require_packages
 from ..evaluation.onnx_export import OUTPUTS, export_onnx
 from ..models import build_model, get_config
-from .arguments import add_network_options, check_writable, load_network, positive, warn
+from .arguments import add_network_options, load_network, warn
+from .files import check_writable, positive
 
 _DESCRIPTION = """\
 Write a network as one ONNX file and check it: ONNX Runtime must give what PyTorch gives, at two batch sizes.

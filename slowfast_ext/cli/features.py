@@ -9,19 +9,19 @@ import time
 from tqdm import tqdm
 
 from ..evaluation.features import ORDERS, SUFFIXES, FeatureTable, arrange_features
-from ..evaluation.inference import over_videos
+from ..evaluation.inference import over_videos, view_features
 from .arguments import (
     add_network_options,
     add_run_options,
     add_video_inputs,
     add_view_options,
-    check_writable,
     find_device,
     find_videos,
     load_network,
     prepare_engine,
     view_plan,
 )
+from .files import check_writable
 
 _DESCRIPTION = """\
 Write the features in front of the classifier: the last feature maps of both pathways, averaged over time and place
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
 
     def compute(views):
-        return arrange_features(engine.features(views), model.config, order=args.order, mean=not args.per_view)
+        return arrange_features(view_features(engine, views), model.config, order=args.order, mean=not args.per_view)
 
     left = [path for path in paths if path not in done]
     workers = 4 if device.type == "cuda" else 1

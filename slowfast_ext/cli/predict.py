@@ -1,29 +1,27 @@
 """``slowfast-ext predict``: the most probable classes of video files."""
 
 import argparse
-import json
 import sys
+from functools import partial
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ViewPlan
-from ..evaluation.files import written_then_renamed
-from ..evaluation.inference import over_videos
+from ..evaluation.inference import over_videos, video_probabilities
 from .arguments import (
     add_network_options,
     add_run_options,
     add_video_inputs,
     add_view_options,
-    check_writable,
     find_device,
     find_videos,
     load_network,
-    positive,
     prepare_engine,
     read_labels,
     view_plan,
 )
+from .files import check_writable, positive, write_json
 
 _DESCRIPTION = """\
 Show the most probable classes of video files. Each video is seen as the network was tested (10 clips x 3 crops for
@@ -84,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     workers = 4 if device.type == "cuda" else 1
     try:
         with tqdm(total=len(paths), unit="video", disable=None) as progress:
-            for video in over_videos(engine.video, paths, plan, decoder=args.decoder, workers=workers):
+            for video in over_videos(
+                partial(video_probabilities, engine), paths, plan, decoder=args.decoder, workers=workers
+            ):
                 if video.error:
                     entry = {"error": video.error}
                 else:
@@ -102,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
         result["complete"] = True
     finally:
         if args.json:
-            with written_then_renamed(args.json) as temporary, open(temporary, "x", encoding="utf-8") as file:
-                json.dump(result, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+            write_json(args.json, result)
     return int(any("error" in entry for entry in result["videos"]))
 
 

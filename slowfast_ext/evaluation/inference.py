@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate as accelerate_model
 from ..data import VideoError, VideoViews, ViewPlan, normalize, read_views
+from ..engine import InferenceEngine
 from ..models import SlowFastRecognizer
 
 
@@ -41,12 +42,12 @@ class PlainEngine:
         return self._chunked(self.model, clip)
 
     @torch.inference_mode()
-    def video(self, views: Tensor | VideoViews) -> Tensor:
+    def video(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Mean over the views of one video of softmax(logits): float32 Tensor[num_classes]."""
         return self._chunked(self.model, views).softmax(1).mean(0)
 
     @torch.inference_mode()
-    def features(self, clip: Tensor | VideoViews) -> Tensor:
+    def features(self, clip: Tensor) -> Tensor:
         """The last feature maps, averaged over all positions: float32 Tensor[N, slow channels + fast channels]."""
 
         def pooled(clips: Tensor) -> Tensor:
@@ -54,13 +55,11 @@ class PlainEngine:
 
         return self._chunked(pooled, clip)
 
-    def _chunked(self, function, views: Tensor | VideoViews) -> Tensor:
-        # Views of one video share frames, so they cross to the device as these and are cut there.
-        views = views.to(self.device)
+    def _chunked(self, function, views: Tensor | Sequence[Tensor]) -> Tensor:
         results = []
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             for start in range(0, len(views), self.max_views):
-                clips = views[start : start + self.max_views]
+                clips = views[start : start + self.max_views].to(self.device)
                 if clips.dtype == torch.uint8:
                     clips = normalize(clips, self.config.normalization.mean, self.config.normalization.std)
                 results.append(function(clips).float())
@@ -89,7 +88,25 @@ def prepare(
     model = model.to(device).eval()
     if accelerate:
         accelerate_model(model)
-    return PlainEngine(model, dtype=dtype, max_views=max_views or (10 if device.type == "cuda" else 2))
+    return PlainEngine(model, dtype=dtype, max_views=max_views or default_views(device))
+
+
+def video_probabilities(engine: PlainEngine | InferenceEngine, views: VideoViews) -> Tensor:
+    """Mean over the views of softmax(logits): float32 Tensor[num_classes]."""
+    # Views of a video share frames, so they cross to the device as these and are cut there.
+    return engine.video(views.to(engine.device))
+
+
+def view_features(engine: PlainEngine | InferenceEngine, views: VideoViews) -> Tensor:
+    """Pooled features of each view: float32 Tensor[views, slow channels + fast channels]."""
+    views = views.to(engine.device)
+    at_once = engine.max_views or default_views(engine.device)
+    return torch.cat([engine.features(views[start : start + at_once]) for start in range(0, len(views), at_once)])
+
+
+def default_views(device: torch.device) -> int:
+    """Clips in one forward pass, where the user leaves it open: enough to fill the device, few enough to fit it."""
+    return 10 if device.type == "cuda" else 2
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ def over_videos(
     A video that cannot be read, a result that is not finite and memory that runs out become the error of that result.
 
     Args:
-        compute: such as ``engine.video`` or ``engine.features``.
+        compute: such as :func:`video_probabilities` of an engine.
         paths: video files.
         plan: which views of them.
         decoder: as :func:`~slowfast_ext.data.open_video`.
