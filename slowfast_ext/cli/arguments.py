@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import slowfast_ext
 
@@ -207,6 +207,15 @@ def find_device(name: str) -> torch.device:
             f"--device must be available, got {name!r} with {torch.cuda.device_count()} CUDA devices visible"
         )
     return device
+
+
+def best_classes(probabilities: Tensor, top_k: int, labels: list[str] | None) -> list[dict]:
+    """The most probable of the classes as JSON entries, best first; Tensor[num_classes]."""
+    best = probabilities.topk(min(top_k, len(probabilities)))
+    return [
+        {"index": index, "label": labels[index] if labels else None, "probability": probability}
+        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def warn(command: str, notes: Iterable[str]) -> None:

@@ -4,16 +4,17 @@ import argparse
 import sys
 from functools import partial
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ViewPlan
 from ..evaluation.inference import over_videos, video_probabilities
+from . import stream
 from .arguments import (
     add_network_options,
     add_run_options,
     add_video_inputs,
     add_view_options,
+    best_classes,
     find_device,
     find_videos,
     load_network,
@@ -26,7 +27,7 @@ from .files import check_writable, positive, write_json
 _DESCRIPTION = """\
 Show the most probable classes of video files. Each video is seen as the network was tested (10 clips x 3 crops for
 Kinetics-400); its probabilities are the mean over these views of softmax(scores). A file that cannot be read is
-reported and the rest is done. Ctrl-C keeps what is done.
+reported and the rest is done. Ctrl-C keeps what is done. Or, with --stream, the classes over time of one source.
 """
 _EPILOG = """\
 The file of --json, also written after Ctrl-C:
@@ -38,7 +39,7 @@ The file of --json, also written after Ctrl-C:
                "seconds": {"decode": float, "network": float}}
               or {"path": str, "error": str}, ...]}
 
-Exit status: 0; 1 if a video failed; 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
+Exit status: 0; 1 if a video or the stream failed; 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
 """
 
 
@@ -47,20 +48,24 @@ def add_parser(subparsers) -> None:
         "predict",
         help="label videos",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=f"{stream.EPILOG}\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_video_inputs(parser)
+    add_video_inputs(parser, nargs="*")
     add_network_options(parser)
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line, in the order of the classes")
     parser.add_argument("--json", metavar="OUT", help="write the result here as well, in the form below")
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to show (default: 5)")
     add_view_options(parser)
     add_run_options(parser)
+    stream.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    stream.check_options(args)
+    if args.stream is not None:
+        return stream.run(args)
     paths = find_videos(args.videos, args.root)
     if args.json:
         check_writable("--json", args.json)
@@ -104,15 +109,6 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             write_json(args.json, result)
     return int(any("error" in entry for entry in result["videos"]))
-
-
-def best_classes(probabilities: Tensor, top_k: int, labels: list[str] | None) -> list[dict]:
-    """The most probable of the classes as JSON entries, best first; Tensor[num_classes]."""
-    best = probabilities.topk(min(top_k, len(probabilities)))
-    return [
-        {"index": index, "label": labels[index] if labels else None, "probability": probability}
-        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
 
 
 def _show(path: str, entry: dict) -> None:
