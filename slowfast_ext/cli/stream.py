@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 # Options of the one way to predict that mean nothing in the other.
 _STREAM_ONLY = ("stride", "fps", "threshold", "average", "reconnect")
-_FILES_ONLY = ("videos", "json", "num_clips")
+_FILES_ONLY = {"videos": [], "root": "", "json": None, "num_clips": None, "decoder": "auto"}  # and their defaults
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -58,7 +58,7 @@ def check_options(args: argparse.Namespace) -> None:
         if not args.videos:
             raise ValueError("there must be a VIDEO or --stream SOURCE, got neither")
         return
-    given = [name for name in _FILES_ONLY if getattr(args, name)]
+    given = [name for name, default in _FILES_ONLY.items() if getattr(args, name) != default]
     if given:
         option = "VIDEO" if given == ["videos"] else f"--{given[0].replace('_', '-')}"
         raise ValueError(f"{option} must come without --stream, got both")
