@@ -1,0 +1,1 @@
+"""Trained networks at work: views of videos to probabilities and features, and the files that hold them."""
