@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import slowfast_ext
 
 from ..data import DECODERS, ViewPlan
+from ..engine import InferenceEngine
 from ..evaluation.inference import PlainEngine, prepare
 from ..models import SlowFastConfig
 from .files import positive
@@ -45,11 +46,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What runs the network, and how."""
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the arithmetic (default: float32)")
-    parser.add_argument(
-        "--max-views", type=positive, metavar="N", help="views at a time (default: 10 on a GPU, 2 on a CPU)"
-    )
+    parser.add_argument("--max-views", type=positive, metavar="N", help="views at a time (default: what fits)")
     parser.add_argument("--decoder", default="auto", choices=DECODERS, help="default: decord if installed, else pyav")
-    parser.add_argument("--no-accelerate", action="store_true", help="run the plain modules, without fused operators")
+    add_engine_options(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """How much of this package runs the network."""
+    parser.add_argument(
+        "--no-engine", action="store_true", help="run the modules one by one, fused, instead of a prepared plan"
+    )
+    parser.add_argument("--no-accelerate", action="store_true", help="run the plain modules, without anything fused")
 
 
 def add_video_inputs(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
@@ -177,7 +184,7 @@ def view_plan(config: SlowFastConfig, args: argparse.Namespace) -> ViewPlan:
     )
 
 
-def prepare_engine(model: nn.Module, device: torch.device, args: argparse.Namespace) -> PlainEngine:
+def prepare_engine(model: nn.Module, device: torch.device, args: argparse.Namespace) -> InferenceEngine | PlainEngine:
     """The network of `load_network`, ready to run as `add_run_options` says."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -186,6 +193,7 @@ def prepare_engine(model: nn.Module, device: torch.device, args: argparse.Namesp
             device=device,
             dtype=DTYPES[args.dtype],
             max_views=args.max_views,
+            engine=not (args.no_engine or args.no_accelerate),
             accelerate=not args.no_accelerate,
         )
     warn(args.command, (str(warning.message) for warning in caught))

@@ -11,6 +11,7 @@ from ..evaluation.extras import require_packages
 from ..evaluation.features import ORDERS
 from .arguments import (
     DTYPES,
+    add_engine_options,
     add_network_options,
     add_view_options,
     load_network,
@@ -65,7 +66,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the arithmetic (default: float32)")
     parser.add_argument("--max-views", type=positive, metavar="N", help="views at a time, as in predict")
     parser.add_argument("--decoder", default="auto", help="as in predict", choices=("auto", "decord", "pyav"))
-    parser.add_argument("--no-accelerate", action="store_true", help="run the plain modules, without fused operators")
+    add_engine_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         videos_per_file=args.videos_per_file,
         decoder=args.decoder,
         max_views=args.max_views,
+        engine=not (args.no_engine or args.no_accelerate),
         accelerate=not args.no_accelerate,
     )
     done = open_archive(args.out_dir, settings)

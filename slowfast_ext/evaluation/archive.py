@@ -58,7 +58,8 @@ class WorkerOptions:
         videos_per_file: rows of one Parquet file; what is lost when a worker dies.
         decoder: as :func:`~slowfast_ext.data.open_video`.
         max_views: clips in one forward pass.
-        accelerate: fused operators in the place of plain modules.
+        engine: a prepared plan in the place of modules.
+        accelerate: without an engine, fused operators in the place of plain modules.
     """
 
     workers: int = 1
@@ -67,6 +68,7 @@ class WorkerOptions:
     videos_per_file: int = 64
     decoder: str = "auto"
     max_views: int | None = None
+    engine: bool = True
     accelerate: bool = True
 
 
@@ -173,6 +175,7 @@ class _Worker:
             device=torch.device("cuda" if options.gpus else "cpu"),
             dtype=getattr(torch, settings.dtype),
             max_views=options.max_views,
+            engine=options.engine,
             accelerate=options.accelerate,
         )
         if settings.output == "features":

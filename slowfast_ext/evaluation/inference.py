@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,20 +73,28 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_views: int | None = None,
+    engine: bool = True,
     accelerate: bool = True,
-) -> PlainEngine:
-    """The network ready to run on ``device``; ``model`` is changed: moved there, and accelerated.
+) -> InferenceEngine | PlainEngine:
+    """The network ready to run on ``device``; ``model`` is changed: moved there, and accelerated without an engine.
 
     Args:
         model: a SlowFast recogniser.
         device: where it runs.
         dtype: of the arithmetic.
-        max_views: clips in one forward pass; by default 10 on a GPU and 2 on a CPU.
-        accelerate: put fused operators in the place of the modules they replace.
+        max_views: clips in one forward pass; by default what the engine finds fitting, without it 10 on a GPU and 2 on
+            a CPU.
+        engine: make it an :class:`~slowfast_ext.InferenceEngine`; where that refuses, with a warning, go on without.
+        accelerate: without an engine, put fused operators in the place of the modules they replace.
 
-    Warnings are those of :func:`~slowfast_ext.accelerate`.
+    Warnings are those of :func:`~slowfast_ext.accelerate`, and that of an engine that cannot be.
     """
     model = model.to(device).eval()
+    if engine:
+        try:
+            return InferenceEngine(model, dtype=dtype, max_views=max_views)
+        except (RuntimeError, TypeError, ValueError) as error:
+            warnings.warn(f"no inference engine: {error}", stacklevel=2)
     if accelerate:
         accelerate_model(model)
     return PlainEngine(model, dtype=dtype, max_views=max_views or default_views(device))

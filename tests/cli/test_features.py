@@ -7,9 +7,9 @@ import torch
 from sample_videos import bad_videos, write_video
 from small_networks import lively_checkpoint, small_config
 
+from slowfast_ext import InferenceEngine
 from slowfast_ext.cli import main
 from slowfast_ext.data import ViewPlan, normalize, read_views
-from slowfast_ext.evaluation.inference import PlainEngine
 
 FAST = ["--num-clips", "2", "--num-crops", "1", "--crop-size", "32", "--device", "cpu"]
 PLAN = ViewPlan(num_clips=2, num_crops=1, short_side=32, crop_size=32)
@@ -93,7 +93,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_resumes(network, videos, tmp_
     out = tmp_path / "features.json"
     argv = ["features", *videos, "--checkpoint", network[1], "--out", str(out), *FAST]
     calls = []
-    original = PlainEngine.features
+    original = InferenceEngine.features
 
     def interrupted_once(self, views):
         calls.append(len(views))
@@ -101,11 +101,11 @@ def test_an_interrupted_run_keeps_what_is_done_and_resumes(network, videos, tmp_
             raise KeyboardInterrupt
         return original(self, views)
 
-    monkeypatch.setattr(PlainEngine, "features", interrupted_once)
-    assert main([*argv, "--no-accelerate"]) == 130
+    monkeypatch.setattr(InferenceEngine, "features", interrupted_once)
+    assert main([*argv]) == 130
     first = json.loads(out.read_text())
     assert first["paths"] == videos[:1]
-    assert main([*argv, "--no-accelerate", "--resume"]) == 0
+    assert main([*argv, "--resume"]) == 0
     assert len(calls) == 3  # the video that was done is not seen again
     second = json.loads(out.read_text())
     assert second["paths"] == videos

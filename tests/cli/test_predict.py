@@ -8,17 +8,16 @@ import pytest
 import torch
 from sample_videos import bad_videos, real_clip, write_video
 
-from slowfast_ext import create_model
+from slowfast_ext import InferenceEngine, create_model
 from slowfast_ext.cli import main
 from slowfast_ext.cli.arguments import view_plan
 from slowfast_ext.data import ViewPlan, open_video
-from slowfast_ext.evaluation.inference import PlainEngine
 from slowfast_ext.models import SlowFastConfig, build_model, fast_pathway, slow_pathway
 
 ZOO_NAME = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
 CLASSES = 7
 LABELS = [f"activity {index}" for index in range(CLASSES)]
-FAST = ["--num-clips", "1", "--num-crops", "1", "--crop-size", "32", "--device", "cpu", "--no-accelerate"]
+FAST = ["--num-clips", "1", "--num-crops", "1", "--crop-size", "32", "--device", "cpu"]
 
 
 def _spread(model):
@@ -164,7 +163,7 @@ def test_ctrl_c_keeps_what_is_done(small, tmp_path, monkeypatch, capsys):
         calls.append(1)
         return torch.full((CLASSES,), 1 / CLASSES)
 
-    monkeypatch.setattr(PlainEngine, "video", interrupted)
+    monkeypatch.setattr(InferenceEngine, "video", interrupted)
     out = tmp_path / "out.json"
     assert main(["predict", *videos, "--checkpoint", small[1], "--json", str(out), *FAST]) == 130
     result = json.loads(out.read_text())
@@ -175,7 +174,7 @@ def test_ctrl_c_keeps_what_is_done(small, tmp_path, monkeypatch, capsys):
 
 
 def test_scores_that_are_no_numbers_are_an_error_not_a_prediction(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(PlainEngine, "video", lambda *arguments: torch.full((CLASSES,), torch.nan))
+    monkeypatch.setattr(InferenceEngine, "video", lambda *arguments: torch.full((CLASSES,), torch.nan))
     video = str(write_video(tmp_path / "video.mp4", 3))
     assert main(["predict", video, "--checkpoint", small[1], *FAST]) == 1
     assert f"'{video}': the network's results are not finite numbers" in capsys.readouterr().err

@@ -5,11 +5,12 @@ import torch
 from sample_videos import real_clip, write_video
 from small_networks import lively_checkpoint, small_config
 
+from slowfast_ext import InferenceEngine
 from slowfast_ext.cli import main
 from slowfast_ext.data import StreamWindows, ViewPlan
 from slowfast_ext.evaluation.inference import PlainEngine
 
-FAST = ["--crop-size", "32", "--device", "cpu", "--no-accelerate"]
+FAST = ["--crop-size", "32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_ctrl_c_ends_with_what_was_done(network, tmp_path, monkeypatch, capsys):
     def interrupted(self, views):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PlainEngine, "video", interrupted)
+    monkeypatch.setattr(InferenceEngine, "video", interrupted)
     status, lines, err = predict(capsys, network[1], "--stream", write_video(tmp_path / "video.mp4", 10))
     assert (status, lines) == (130, [])
     assert "0 windows of 10 frames" in err
