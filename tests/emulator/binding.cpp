@@ -1,4 +1,5 @@
 // The Python module `kernel` of what EMULATED_MODULE lists, for NumPy (see module.h), and of the emulator's counters.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -34,6 +35,19 @@ py::object to_python(const Value& value) {
   return py::int_(std::get<int64_t>(value));
 }
 
+// Since the last call: of each launch noted, where the kernel lies in the library, threads and bytes of shared memory.
+py::list take_launches() {
+  py::list list;
+  for (const Launch& launch : launches()) {
+    Dl_info library{};
+    dladdr(launch.kernel, &library);
+    const auto offset = static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase);
+    list.append(py::make_tuple(offset, launch.threads, launch.shared_bytes));
+  }
+  launches().clear();
+  return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(kernel, module) {
@@ -52,5 +66,6 @@ PYBIND11_MODULE(kernel, module) {
       return tuple;
     });
   }
+  module.def("take_launches", &take_launches);
   module.def("statistics", [] { return py::make_tuple(statistics().ldmatrix, statistics().bank_conflicts); });
 }

@@ -24,6 +24,7 @@
 // Environment, read at each launch.
 //   SLOWFAST_EXT_EMULATOR_THREADS  operating-system threads (default: all cores)
 //   SLOWFAST_EXT_EMULATOR_SEED     a number: run threads in a random order, the same for the same number
+//   SLOWFAST_EXT_EMULATOR_DRY_RUN  a number: run nothing, note what would be launched
 #pragma once
 
 #include "execution.h"
@@ -156,6 +157,10 @@ void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned thre
   if (shared_bytes > limit) {
     throw std::runtime_error("emulator: dynamic shared memory must be at most " + std::to_string(limit) +
                              " bytes (see cudaFuncSetAttribute), got " + std::to_string(shared_bytes));
+  }
+  if (emulator::setting("SLOWFAST_EXT_EMULATOR_DRY_RUN")) {
+    emulator::launches().push_back({reinterpret_cast<const void*>(kernel), threads, shared_bytes});
+    return;
   }
   emulator::launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 }

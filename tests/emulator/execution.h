@@ -41,6 +41,18 @@ inline Statistics& statistics() {
   return last;
 }
 
+// What the host asked for, where SLOWFAST_EXT_EMULATOR_DRY_RUN is set.
+struct Launch {
+  const void* kernel;
+  unsigned threads;
+  size_t shared_bytes;  // dynamic
+};
+
+inline std::vector<Launch>& launches() {
+  static std::vector<Launch> launches;
+  return launches;
+}
+
 // Where in the source an instruction stands; as a default argument, where its caller stands.
 struct Site {
   const char* file;

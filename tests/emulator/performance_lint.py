@@ -1,7 +1,6 @@
 """What a kernel's accesses to memory cost a GPU, counted in the emulator (see traffic.h), and what is allowed."""
 
 import subprocess
-from collections import Counter
 from dataclasses import dataclass
 
 import conv3d_cases
@@ -118,16 +117,3 @@ def measure(operator, case, library):
     report = module.traffic()
     assert error <= 1
     return Traffic(library, report)
-
-
-def table(traffic):
-    """Lines of: launch, space, kind, requests, transactions, ideal and, of global memory, the efficiency."""
-    sums = {}
-    for row in traffic.rows:
-        counts = sums.setdefault((row.launch, row.space, row.kind), Counter())
-        counts.update({name: getattr(row, name) for name in ("requests", "transactions", "ideal", "bytes")})
-    lines = []
-    for (launch, space, kind), counts in sorted(sums.items()):
-        used = "" if space == "shared" else f" {counts['bytes'] / counts['transactions'] / SECTOR:.3f}"
-        lines.append(f"{launch} {space} {kind} {counts['requests']} {counts['transactions']} {counts['ideal']}{used}")
-    return lines

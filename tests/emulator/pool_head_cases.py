@@ -7,6 +7,7 @@ import harness
 import numpy as np
 from conv3d_cases import Storage, channels_last
 
+DTYPES = ("bfloat16", "float16", "float32")
 ROUNDOFF = 2.0**-24  # of float32
 
 

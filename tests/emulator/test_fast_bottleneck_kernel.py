@@ -37,7 +37,9 @@ MUTANTS = {
     ),
     "time_runs_backwards": Mutant("* 3 + 2 - tile / kInner", "* 3 + tile / kInner", "plain", "slices"),
     "a_is_not_zero_outside_the_image": Mutant("inside ? ptx::pack", "true ? ptx::pack", "plain", "one_tile"),
-    "a_is_written_beyond_the_halo": Mutant("if (pixel >= Tile::kHaloPixels) continue;", "", "plain", "chunks_of"),
+    "a_is_written_beyond_the_halo": Mutant(
+        "if (pixel >= Tile::kHaloPixels) continue;\n        const bool", "const bool", "plain", "chunks_of"
+    ),
     "x_is_read_outside_the_image": Mutant("chunk * 8, is_inside(pixel)", "chunk * 8, true", "address", "one_pixel"),
     "y_is_written_outside_the_image": Mutant("if (h >= p_.out_h || w >= p_.out_w) return;", "", "address", "one_pixel"),
     "wide_stores_into_any_slice": Mutant("if (p_.wide)", "if (true)", "address", "odd_slice"),

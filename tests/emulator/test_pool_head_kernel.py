@@ -4,9 +4,7 @@ import harness
 import pool_head_cases
 import pytest
 from harness import Mutant
-from pool_head_cases import CASES
-
-DTYPES = ("bfloat16", "float16", "float32")
+from pool_head_cases import CASES, DTYPES
 
 AVERAGE_BARRIER = ("  __syncthreads();\n  if (threadIdx.x >= Tile::kSums)", "  if (threadIdx.x >= Tile::kSums)")
 SOFTMAX_BARRIER = ("  __syncthreads();\n  for (int label", "  for (int label")
