@@ -7,6 +7,7 @@ from .head import FusedHead
 from .lateral import FusedLateral
 from .residual import FusedBasicBlock3d, FusedBottleneck3d
 from .stem import FusedStem
+from .traced import FusedSequential, FusedTraced
 
 __all__ = [
     "FusedBasicBlock3d",
@@ -15,6 +16,8 @@ __all__ = [
     "FusedConvBNReLU3d",
     "FusedHead",
     "FusedLateral",
+    "FusedSequential",
     "FusedSlowFastBackbone",
     "FusedStem",
+    "FusedTraced",
 ]

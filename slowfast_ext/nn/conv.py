@@ -9,9 +9,12 @@ from .block import DTYPES, TWINS, FusedBlock, backend_reason, call_reason, compu
 from .folding import FoldedWeights
 
 
-def convolution_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
-    """Why ``bn(conv(x))`` in evaluation mode is not what ``conv3d_bn_relu`` computes, or None."""
-    if type(conv) is not nn.Conv3d:
+def convolution_reason(conv: nn.Module, bn: nn.Module | None, kind: type[nn.Conv3d] = nn.Conv3d) -> str | None:
+    """Why ``bn(conv(x))`` in evaluation mode is not what ``conv3d_bn_relu`` computes, or None.
+
+    ``kind`` is the class of the convolution, which is known to compute what Conv3d does.
+    """
+    if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a Conv3d"
     if conv.groups != 1:
         return f"conv has {conv.groups} groups"
