@@ -1,0 +1,1 @@
+"""Training: configurations, the loop, and what keeps a run from losing work."""
