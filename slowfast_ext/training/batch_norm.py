@@ -88,8 +88,8 @@ def convert_batch_norm(model: nn.Module, norm: str, splits: int = 1) -> nn.Modul
     """Change where the batch norms of ``model`` take their statistics, in place; parameters stay the same objects.
 
     Args:
-        norm: "batch": of the process's batch, nothing changes. "sync": of the batches of all processes, if there is more
-            than one. "sub_batch": of ``splits`` parts of the process's batch.
+        norm: "batch": of the process's batch, nothing changes. "sync": of the batches of all processes, if there are
+            several. "sub_batch": of ``splits`` parts of the process's batch.
     """
     if norm == "sync" and dist.is_initialized() and dist.get_world_size() > 1:
         if next(model.parameters()).is_cuda:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 _NAME = re.compile(r"epoch_(\d+)(?:_iter_(\d+))?\.pth")
-# Rolling checkpoints to keep: the newest, and the one before it should the newest be damaged.
-_ROLLING = 2
+# The newest checkpoints, which are kept in any case: one to resume from, and one should that be damaged.
+_RECENT = 2
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -63,7 +63,9 @@ def read_sound(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, torch and pickle each have their own for damaged bytes
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"train: checkpoint '{path}' must be sound, got a truncated or damaged file ({reason})") from error
+        raise ValueError(
+            f"train: checkpoint '{path}' must be sound, got a truncated or damaged file ({reason})"
+        ) from error
     if not isinstance(content, dict) or not {"state_dict", "optimizer", "training"} <= content.keys():
         raise ValueError(
             f"train: checkpoint '{path}' must be of a training run of slowfast-ext, got another file; "
@@ -88,12 +90,14 @@ class CheckpointFolder:
 
     Args:
         folder: exists.
-        keep: newest ``epoch_{N}.pth`` to keep, -1 for all. Of the others, the two newest are kept until an
-            ``epoch_{N}.pth`` is newer.
+        interval: of the ``epoch_{N}.pth`` those with N a multiple stay, and the two newest.
+        keep: of those that stay only this many, the newest, do; -1 for all. ``epoch_{N}_iter_{M}.pth`` stay, at most
+            two of them, until an ``epoch_{N}.pth`` is newer.
     """
 
-    def __init__(self, folder: Path, keep: int = -1):
+    def __init__(self, folder: Path, interval: int = 1, keep: int = -1):
         self.folder = folder
+        self.interval = interval
         self.keep = keep
 
     def save(self, content: dict[str, Any], epochs: int, iterations: int = 0) -> Path:
@@ -147,12 +151,11 @@ class CheckpointFolder:
         candidates = self.candidates()
         regular = [candidate for candidate in candidates if not candidate.iterations]
         rolling = [candidate for candidate in candidates if candidate.iterations]
-        kept = rolling[:_ROLLING]
-        if regular:
-            kept = [candidate for candidate in kept if candidate.epochs >= regular[0].epochs]
-        superfluous = [candidate for candidate in rolling if candidate not in kept]
-        if self.keep > 0:
-            superfluous += regular[self.keep :]
+        newest_epoch = regular[0].epochs if regular else 0
+        periodic = [candidate for candidate in regular if candidate.epochs % self.interval == 0]
+        kept = regular[: 1 if self.keep == 1 else _RECENT] + periodic[: None if self.keep < 0 else self.keep]
+        kept += [candidate for candidate in rolling[:_RECENT] if candidate.epochs >= newest_epoch]
+        superfluous = [candidate for candidate in candidates if candidate not in kept]
         for candidate in superfluous:
             with contextlib.suppress(OSError):
                 candidate.path.unlink()

@@ -26,8 +26,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The keys that a configuration file sets, those of its ``_base_`` files merged in.
 
     A Python file consists of assignments. Values are literals, ``dict(...)``, lists, tuples, arithmetic on numbers,
-    joined lists, f-strings of plain names, and names assigned earlier (with ``[key]``); ``{{_base_.name}}`` is a name of
-    a base file. Names that other assignments refer to are the file's variables; the other names are its keys. In a
+    joined lists, f-strings of plain names, and names assigned earlier (with ``[key]``); ``{{_base_.name}}`` is a name
+    of a base file. Names that other assignments refer to are the file's variables; the other names are its keys. In a
     dictionary of a file that has bases, ``_delete_=True`` replaces the inherited dictionary instead of adding to it.
 
     Raises:

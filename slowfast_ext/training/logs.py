@@ -19,7 +19,7 @@ _FORMAT = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
 
 
 class RunLog:
-    """The logs of a run, in ``<timestamp>.log`` and ``<timestamp>.log.json``. Other processes than the main one are mute.
+    """The logs of a run, in ``<timestamp>.log`` and ``<timestamp>.log.json``, kept by the main process alone.
 
     A log that can no longer be written (a full disk) is said once on stderr and does not end the run.
 
@@ -79,7 +79,7 @@ class RunLog:
         rest = {name: value for name, value in values.items() if name not in ("epoch", "iter", "lr", "time")}
         eta = datetime.timedelta(seconds=int(eta_seconds))
         parts = [f"lr: {values['lr']:.3e}", f"eta: {eta}", f"time: {values['time']:.3f}"]
-        parts += [f"{name}: {value}" if isinstance(value, int) else f"{name}: {value:.4f}" for name, value in rest.items()]
+        parts += [f"{name}: {value:{'d' if isinstance(value, int) else '.4f'}}" for name, value in rest.items()]
         self._logger.info(f"Epoch [{values['epoch']}][{values['iter']}/{iterations}]\t{', '.join(parts)}")
         self._record("train", values, step)
 

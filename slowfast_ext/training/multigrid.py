@@ -18,7 +18,7 @@ from .settings import MultigridSettings
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: ``multiplier`` times the videos of a full-size batch, ``frames`` frames of ``size`` x ``size`` pixels."""
+    """A batch: ``multiplier`` times the videos of a full-size batch, ``frames`` frames of ``size`` x ``size``."""
 
     multiplier: int
     frames: int

@@ -165,7 +165,7 @@ def _read_pathway(
     depth = section.choice("depth", tuple(BLOCKS_PER_STAGE))
     pretrained = section.take("pretrained", None, str)
     if pretrained is not None and "://" in pretrained:
-        raise ValueError(f"config: {section.path('pretrained')} must be a file, got {pretrained!r}: nothing is downloaded")
+        raise ValueError(f"config: {section.path('pretrained')} must be a file, not fetched, got {pretrained!r}")
     base_channels = section.count("base_channels", channels)
     conv1_kernel = section.numbers("conv1_kernel", (kernel, 7, 7), length=3)
     if conv1_kernel[1:] != (7, 7):
@@ -178,7 +178,9 @@ def _read_pathway(
     section.fixed("norm_eval", False)
     section.fixed("zero_init_residual", True)
     section.close()
-    return PathwayConfig(depth, base_channels, conv1_kernel[0], tuple(3 if stage else 1 for stage in stages)), pretrained
+    return PathwayConfig(
+        depth, base_channels, conv1_kernel[0], tuple(3 if stage else 1 for stage in stages)
+    ), pretrained
 
 
 def _read_norm(section: Section | None) -> tuple[str, int]:

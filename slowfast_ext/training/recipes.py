@@ -226,7 +226,9 @@ def _pipeline(
     }
     if test_mode:
         sample["test_mode"] = True
-    decode = [{"type": "DecordInit"}, sample, {"type": "DecordDecode"}] if videos else [sample, {"type": "RawFrameDecode"}]
+    decode = (
+        [{"type": "DecordInit"}, sample, {"type": "DecordDecode"}] if videos else [sample, {"type": "RawFrameDecode"}]
+    )
     statistics = {name: list(value) for name, value in dataclasses.asdict(network.normalization).items()}
     return [
         *decode,

@@ -54,7 +54,7 @@ class LearningRate:
         return rate
 
     def _multigrid(self, epoch: int) -> float:
-        """Epochs of one phase share a rate; the warm-up is linear in epochs, from ``lr * ratio`` to the first phase's."""
+        """One rate a phase; the warm-up is linear in epochs, from ``lr * warmup_ratio`` to the first phase's."""
         rate = self.optimizer.lr * phase_of(self.phases, epoch).rate
         if epoch >= self.schedule.warmup:
             return rate

@@ -49,9 +49,8 @@ class Section:
         if float in kinds:
             kinds = (*kinds, int)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
-            raise ValueError(
-                f"config: {self.path(name)} must be {' or '.join(_NAMES.get(k, k.__name__) for k in kinds)}, got {value!r}"
-            )
+            expected = " or ".join(_NAMES.get(kind, kind.__name__) for kind in kinds)
+            raise ValueError(f"config: {self.path(name)} must be {expected}, got {value!r}")
         return value
 
     def number(self, name: str, default: Any = _MISSING, *, minimum: float = 0, exclusive: bool = False) -> float:
@@ -73,7 +72,7 @@ class Section:
         """A value out of ``choices``."""
         value = self.take(name, default)
         if value not in choices:
-            hint = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
+            hint = nearest(value, filter(_is_text, choices)) if _is_text(value) else ""
             expected = f"one of {choices}" if len(choices) > 1 else repr(choices[0])
             raise ValueError(f"config: {self.path(name)} must be {expected}, got {value!r}{hint}")
         return value
@@ -109,6 +108,10 @@ class Section:
             hint = nearest(str(name), self._known) or f"; known here: {', '.join(sorted(self._known))}"
             place = f"in {self.where}" if self.where else "at the top"
             raise ValueError(f"config: keys {place} must be known ones, got {name!r}{hint}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 _NAMES = {

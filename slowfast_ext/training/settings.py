@@ -105,9 +105,11 @@ class CheckpointSettings:
     """When weights are written.
 
     Args:
-        interval: epochs between two ``epoch_{N}.pth``; the last epoch is always written.
-        keep: newest ``epoch_{N}.pth`` to keep, -1 for all.
-        iterations: iterations between two rolling ``iter_{N}.pth``, which bound what a killed run loses; 0 for none.
+        interval: every epoch is written as ``epoch_{N}.pth``; the multiples of this stay, the others only until they
+            are older than the two newest.
+        keep: newest ``epoch_{N}.pth`` that stay, -1 for all.
+        iterations: iterations between two passing ``epoch_{N}_iter_{M}.pth``, which bound what a killed run loses; 0
+            for none.
     """
 
     interval: int = 1
@@ -155,7 +157,9 @@ def read_settings(config: dict[str, Any]) -> TrainingSettings:
     test = data.section("test", None)
     test = None if test is None else _read_dataset(test, "test")
     loader = LoaderSettings(data.count("videos_per_gpu", 1), data.count("workers_per_gpu", 1))
-    loaders = {name: _read_loader(data.section(f"{name}_dataloader", None), loader) for name in ("train", "val", "test")}
+    loaders = {
+        name: _read_loader(data.section(f"{name}_dataloader", None), loader) for name in ("train", "val", "test")
+    }
     data.close()
 
     clip = _network_clip(train.clip, test.clip if test else None)
@@ -328,7 +332,9 @@ def _read_multigrid(section: Section | None) -> MultigridSettings | None:
         raise ValueError(f"config: {section.path('default_s')} must be a square, got {size}")
     long_factors = section.take("long_cycle_factors", kind=(list, tuple))
     if not long_factors or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in long_factors):
-        raise ValueError(f"config: {section.path('long_cycle_factors')} must be pairs (frames, side), got {long_factors}")
+        raise ValueError(
+            f"config: {section.path('long_cycle_factors')} must be pairs (frames, side), got {long_factors}"
+        )
     section.fixed("long_cycle", True)
     settings = MultigridSettings(
         section.take("short_cycle", True, bool),
@@ -347,9 +353,8 @@ def _read_evaluation(section: Section | None) -> EvaluationSettings:
     metrics = section.take("metrics", ["top_k_accuracy", "mean_class_accuracy"], (list, tuple))
     for metric in metrics:
         if metric not in ("top_k_accuracy", "mean_class_accuracy"):
-            raise ValueError(
-                f"config: {section.path('metrics')} must be among top_k_accuracy and mean_class_accuracy, got {metric!r}"
-            )
+            expected = "among top_k_accuracy and mean_class_accuracy"
+            raise ValueError(f"config: {section.path('metrics')} must be {expected}, got {metric!r}")
     section.choice("gpu_collect", (False, True), False)
     settings = EvaluationSettings(
         section.count("interval", 1),
