@@ -37,6 +37,7 @@ OUTSIDE = {
     "engine": {"torch"},
     "checkpoints": {"numpy", "safetensors", "torch"},
     "data": {"numpy", "torch", *DECODERS},
+    "training": {"matplotlib", "numpy", "torch", "tqdm"},  # matplotlib where a plot is asked for
 }
 DEPENDENCIES = {"numpy", "safetensors", "torch", "tqdm", *DECODERS}
 

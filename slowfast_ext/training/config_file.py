@@ -6,6 +6,7 @@ import ast
 import copy
 import difflib
 import json
+import keyword
 import operator
 import os
 from collections.abc import Iterable
@@ -278,7 +279,9 @@ def _override_value(text: str) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return [_override_value(item) for item in text.split(",")] if "," in text else text
+        bracketed = text[:1] == "[" and text[-1:] == "]"
+        items = text[1:-1] if bracketed else text
+        return [_override_value(item.strip()) for item in items.split(",")] if bracketed or "," in text else text
     # mmaction2 reads `a,b` as a list, `(a,b)` as a tuple.
     return list(value) if isinstance(value, tuple) and not text.startswith("(") else value
 
@@ -288,7 +291,7 @@ def _format(value: Any, indent: str) -> str:
     if isinstance(value, dict):
         if not value:
             return "dict()"
-        if all(isinstance(key, str) and key.isidentifier() for key in value):
+        if all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in value):
             items = [f"{key}={_format(item, inner)}" for key, item in value.items()]
             opening, closing = "dict(", ")"
         else:

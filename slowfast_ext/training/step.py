@@ -75,7 +75,7 @@ class TrainingStep:
         with self.model.no_sync() if exchange else nullcontext():
             with self.autocast():
                 scores = self.model(self.clip(batch))
-            scores = scores.float()
+            scores = scores.float() if self.amp else scores
             label = batch["label"].to(self.device, non_blocking=True)
             loss = F.cross_entropy(scores, label, label_smoothing=self.label_smoothing)
             self.scaler.scale(loss / parts).backward()
