@@ -1,6 +1,6 @@
-"""A training run of its own process: ``python run_synthetic.py WORK_DIR [KEY=VALUE ...]``.
+"""A training run of its own process: ``python run_synthetic.py WORK_DIR [--sync-bn] [KEY=VALUE ...]``.
 
-It prints a line with each batch, so that a test can end it there, and tells nothing else.
+It prints a line with each batch, so that a test can end it there. Its status is 7 if a signal stopped it.
 """
 
 import sys
@@ -21,12 +21,15 @@ class TellingLoader(InProcessLoader):
             yield batch
 
 
-def main(work_dir, *overrides, source=SOURCE):
+def main(work_dir, *overrides, source=SOURCE, sync_bn=False):
     torch.set_num_threads(1)
-    options = RunOptions(work_dir, resume_from="auto", validate=True, seed=5, deterministic=True)
+    options = RunOptions(work_dir, resume_from="auto", validate=True, seed=5, deterministic=True, sync_bn=sync_bn)
     config = apply_overrides(small_configuration(), ["checkpoint_config.iterations=2", *overrides])
     return train(config, "small", options, evaluate, source)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:], source=DataSource(SyntheticDataset, TellingLoader)) is not None and 7)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--sync-bn"]
+    source = DataSource(SyntheticDataset, TellingLoader)
+    stopped = main(*arguments, source=source, sync_bn="--sync-bn" in sys.argv)
+    sys.exit(0 if stopped is None else 7)

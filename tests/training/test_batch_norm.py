@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 from small_networks import small_config
+from tolerances import tolerance
 from torch import nn
 
 from slowfast_ext.models import build_model
 from slowfast_ext.training.batch_norm import SubBatchNorm3d, convert_batch_norm, sub_batch_norms
 from slowfast_ext.training.precise_bn import update_statistics
-from tolerances import tolerance
 
 SPLITS, CHANNELS = 3, 4
 
