@@ -1,7 +1,6 @@
 """``slowfast-ext predict``: the most probable classes of video files."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ import slowfast_ext
 
 from ..data import DECODERS, VideoError, VideoViews, ViewPlan, normalize, read_views
 from ..models import SlowFastConfig
+from .files import check_writable, positive, write_json
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,14 +64,14 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line, in the order of the classes")
     parser.add_argument("--json", metavar="OUT", help="write the result here as well, in the form below")
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes to show (default: 5)")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes to show (default: 5)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the arithmetic (default: float32)")
-    parser.add_argument("--num-clips", type=_positive, metavar="N", help="clips of a video, instead of the network's")
+    parser.add_argument("--num-clips", type=positive, metavar="N", help="clips of a video, instead of the network's")
     parser.add_argument("--num-crops", type=int, choices=(1, 3), help="crops of a clip, instead of the network's")
-    parser.add_argument("--crop-size", type=_positive, metavar="PIXELS", help="scale and crop to this size instead")
+    parser.add_argument("--crop-size", type=positive, metavar="PIXELS", help="scale and crop to this size instead")
     parser.add_argument(
-        "--max-views", type=_positive, metavar="N", help="views at a time (default: 10 on a GPU, 2 on a CPU)"
+        "--max-views", type=positive, metavar="N", help="views at a time (default: 10 on a GPU, 2 on a CPU)"
     )
     parser.add_argument("--decoder", default="auto", choices=DECODERS, help="default: decord if installed, else pyav")
     parser.add_argument("--no-accelerate", action="store_true", help="run the plain modules, without fused operators")
@@ -81,7 +81,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     paths = find_videos(args.videos)
     if args.json:
-        _check_writable(args.json)
+        check_writable("--json", args.json)
     labels = read_labels(args.labels) if args.labels else None
     device = _device(args.device)
     model = _model(args, labels).to(device).eval()
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         result["complete"] = True
     finally:
         if args.json:
-            _write_json(args.json, result)
+            write_json(args.json, result)
     return int(any("error" in entry for entry in result["videos"]))
 
 
@@ -298,29 +298,3 @@ def _show(path: str, entry: dict) -> None:
         lines.append(f"  {100 * prediction['probability']:6.2f} %  {name}")
     tqdm.write("\n".join(lines), file=sys.stdout)
     sys.stdout.flush()  # the next result may be minutes away
-
-
-def _check_writable(path: str) -> None:
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--json must be a file in an existing, writable folder, got '{path}'")
-
-
-def _write_json(path: str, result: dict) -> None:
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(result, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -26,7 +26,12 @@ class Entry:
 
 
 def read_annotations(
-    path: str | os.PathLike, *, raw_frames: bool = False, with_offset: bool = False, num_classes: int | None = None
+    path: str | os.PathLike,
+    *,
+    raw_frames: bool = False,
+    with_offset: bool = False,
+    multi_label: bool = True,
+    num_classes: int | None = None,
 ) -> list[Entry]:
     """Read a list of videos, or of folders of frames.
 
@@ -43,6 +48,7 @@ def read_annotations(
         path: of the list, UTF-8.
         raw_frames: the list names folders of frames.
         with_offset: its lines give an offset as well; needs raw_frames.
+        multi_label: a video may have more than one label.
         num_classes: labels must be below this number.
 
     Raises:
@@ -53,12 +59,15 @@ def read_annotations(
         raise ValueError("read_annotations: with_offset must be False for lists of video files, got True")
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: the list must be UTF-8 text, got other bytes at position {error.start}") from error
     records = _json_records if path.suffix.lower() == ".json" else _text_records
     entries = []
     for place, position, (name, offset, num_frames, labels) in records(path, text, raw_frames, with_offset):
+        if len(labels) > 1 and not multi_label:
+            got = " ".join(map(str, labels))
+            raise ValueError(f"{place}: the video must have one label unless multi_label is set, got {got}")
         entry = Entry(
             path=name,
             labels=tuple(_number(label, f"{place}: label", 0, num_classes) for label in labels),

@@ -52,6 +52,7 @@ class ClipDataset(torch.utils.data.Dataset):
         sampling, transform: clips and crops. Training needs random crops of one clip, testing centre or three crops.
         num_classes: labels must be below it; needed for ``multi_label``.
         multi_label: videos have any number of labels; otherwise a second label is an error.
+        raw_frames, with_offset: form of the list, see `read_annotations`.
         test: the views of the video instead of a random clip.
         seed: of all random choices.
 
@@ -69,9 +70,10 @@ class ClipDataset(torch.utils.data.Dataset):
         transform: SpatialTransform,
         num_classes: int | None = None,
         multi_label: bool = False,
+        raw_frames: bool = False,
+        with_offset: bool = False,
         test: bool = False,
         seed: int = 0,
-        **list_options: bool,
     ):
         name = type(self).__name__
         if not os.path.isdir(root):
@@ -87,13 +89,13 @@ class ClipDataset(torch.utils.data.Dataset):
             raise ValueError(f"{name}: num_clips must be 1 in training, got {sampling.num_clips}")
         # Wrong combinations show in the first video, so they are looked for in one that does not exist.
         _ = sampling.centred_clips(1, 0.0) if test else sampling.random_clips(1, np.random.default_rng())
-        self.entries = read_annotations(annotation, num_classes=num_classes, **list_options)
-        for entry in self.entries:
-            if len(entry.labels) > 1 and not multi_label:
-                raise ValueError(
-                    f"{os.fspath(annotation)}, line {entry.position}: the video must have one label "
-                    f"unless multi_label is set, got {' '.join(map(str, entry.labels))}"
-                )
+        self.entries = read_annotations(
+            annotation,
+            raw_frames=raw_frames,
+            with_offset=with_offset,
+            multi_label=multi_label,
+            num_classes=num_classes,
+        )
         for label in (transform.flip_labels or {}).values():
             if label < 0 or (num_classes is not None and label >= num_classes):
                 raise ValueError(f"{name}: flip_labels must be in [0, {num_classes}), got {label}")
@@ -132,17 +134,16 @@ class ClipDataset(torch.utils.data.Dataset):
             raise ValueError(f"{type(self).__name__}: an index must have no size in testing, got {(index, size)}")
         try:
             with self._open(self.entries[index]) as video:
-                clip, flipped = (cut_views(video, *self._views), False) if self.test else self._clip(video, index, size)
+                if self.test:
+                    clip, flipped = cut_views(video, self.sampling, self.transform), False
+                else:
+                    clip, flipped = self._random_clip(video, index, size)
         except (VideoError, OSError, MemoryError, cv2.error) as error:
             reason = error.reason if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
             return Sample(index, self.path(index), self.label(index), error=reason)
         return Sample(index, self.path(index), self.label(index, flipped), clip)
 
-    @property
-    def _views(self):
-        return self.sampling, self.transform
-
-    def _clip(self, video: Video, index: int, size: ClipSize | None) -> tuple[Tensor, bool]:
+    def _random_clip(self, video: Video, index: int, size: ClipSize | None) -> tuple[Tensor, bool]:
         """A random clip and whether it is flipped."""
         generator = np.random.default_rng([self.seed, self.epoch, index])
         sampling = self.sampling.with_frames(size[0]) if size else self.sampling
@@ -156,50 +157,30 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 class VideoDataset(ClipDataset):
-    """Video files. The arguments of `ClipDataset`, and
+    """Video files.
 
     Args:
+        annotation, root, options: those of `ClipDataset`.
         decoder: ``decord``, ``pyav`` or ``auto``, see `open_video`.
     """
 
-    def __init__(
-        self,
-        annotation: str | os.PathLike,
-        root: str | os.PathLike,
-        *,
-        sampling: ClipSampling,
-        transform: SpatialTransform,
-        num_classes: int | None = None,
-        multi_label: bool = False,
-        decoder: str = "auto",
-        test: bool = False,
-        seed: int = 0,
-    ):
+    def __init__(self, annotation: str | os.PathLike, root: str | os.PathLike, *, decoder: str = "auto", **options):
         if decoder not in DECODERS:
             raise ValueError(f"VideoDataset: decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
         self.decoder = decoder
-        super().__init__(
-            annotation,
-            root,
-            sampling=sampling,
-            transform=transform,
-            num_classes=num_classes,
-            multi_label=multi_label,
-            test=test,
-            seed=seed,
-        )
+        super().__init__(annotation, root, **options)
 
     def _open(self, entry):
         return open_video(os.path.join(self.root, entry.path), self.decoder)
 
 
 class RawFrameDataset(ClipDataset):
-    """Folders of frames. The arguments of `ClipDataset`, and
+    """Folders of frames.
 
     Args:
+        annotation, root, options: those of `ClipDataset`.
         filename_template: name of a frame, as ``img_{:05}.jpg`` (Kinetics) or ``{:05}.jpg`` (Something-Something).
         start_index: number in the name of a folder's first frame.
-        with_offset: the lines of the list give an offset.
     """
 
     def __init__(
@@ -207,30 +188,13 @@ class RawFrameDataset(ClipDataset):
         annotation: str | os.PathLike,
         root: str | os.PathLike,
         *,
-        sampling: ClipSampling,
-        transform: SpatialTransform,
-        num_classes: int | None = None,
-        multi_label: bool = False,
         filename_template: str = "img_{:05}.jpg",
         start_index: int = 1,
-        with_offset: bool = False,
-        test: bool = False,
-        seed: int = 0,
+        **options,
     ):
         check_filename_template(filename_template)
         self.filename_template, self.start_index = filename_template, start_index
-        super().__init__(
-            annotation,
-            root,
-            sampling=sampling,
-            transform=transform,
-            num_classes=num_classes,
-            multi_label=multi_label,
-            test=test,
-            seed=seed,
-            raw_frames=True,
-            with_offset=with_offset,
-        )
+        super().__init__(annotation, root, raw_frames=True, **options)
 
     def _open(self, entry):
         return FrameFolder(

@@ -57,11 +57,11 @@ class EpochSampler(torch.utils.data.Sampler):
         """All indices of this process in this epoch."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.length, generator=generator)
+            order = torch.randperm(self.length, generator=generator).tolist()
         else:
-            order = torch.arange(self.length)
-        places = torch.arange(self.rank, len(self) * self.world_size if self.pad else self.length, self.world_size)
-        return iter(order[places % self.length].tolist())
+            order = range(self.length)
+        end = len(self) * self.world_size if self.pad else self.length
+        return iter([order[place % self.length] for place in range(self.rank, end, self.world_size)])
 
     def batches(self, batch_size: int, drop_last: bool = False) -> Iterator[list[int]]:
         """Batches from the position on; the last one may be smaller, unless it is dropped."""

@@ -54,7 +54,7 @@ class WorkerPool:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"WorkerPool: timeout must be positive or None, got {timeout}")
         self._context = _context()
-        self._function, self._timeout = function, timeout
+        self.workers, self._function, self._timeout = workers, function, timeout
         self._workers = [_Worker(self._context, function) for _ in range(workers)]
 
     def __len__(self) -> int:
