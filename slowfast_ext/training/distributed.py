@@ -115,7 +115,11 @@ def _from_slurm() -> tuple[int, int, int]:
     _require("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ["SLURM_STEP_NODELIST"]
-        answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        answer = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+        if answer.returncode or not answer.stdout.split():
+            raise ValueError(
+                f"--launcher slurm: scontrol must name the hosts of {nodes}, got {answer.stderr.strip()!r}"
+            )
         os.environ["MASTER_ADDR"] = answer.stdout.split()[0]
     os.environ.setdefault("MASTER_PORT", "29500")
     return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_LOCALID"])

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .batches import TrainingBatches
 from .checkpoint_files import CheckpointFolder
 from .distributed import Processes
 from .logs import RunLog
+from .meter import Meter, NotFiniteError
 from .multigrid import phase_of
 from .precise_bn import update_statistics
 from .randomness import random_states, set_random_states
@@ -49,15 +50,6 @@ class Progress:
     validated: int = 0
     best_score: float | None = None
     best_checkpoint: str | None = None
-
-
-@dataclass
-class _Window:
-    """What was measured since the last line of the log."""
-
-    results: list[dict[str, Tensor]] = field(default_factory=list)
-    data_seconds: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
 
 
 class Trainer:
@@ -102,9 +94,7 @@ class Trainer:
         self.stop_signal: signal.Signals | None = None
         self._unsaved: str | None = None
         self._norms = sub_batch_norms(model)
-        self._window = _Window()
-        self._iteration_seconds = 0.0
-        self._timed = 0
+        self._meter = Meter(processes, gradients_may_overflow=step.scaler.is_enabled())
 
     def run(self) -> signal.Signals | None:
         """Train.
@@ -124,6 +114,9 @@ class Trainer:
                     return self._stop()
                 self._validate_if_due()
             self._require_saved()
+        if unreadable := self._meter.unreadable:
+            names = ", ".join(f"'{path}' ({times})" for path, times in unreadable.most_common(5))
+            self.log.warning(f"{len(unreadable)} training videos could not be read, most often: {names}")
         return None
 
     def state(self) -> dict[str, Any]:
@@ -172,7 +165,7 @@ class Trainer:
             )
         remarks = []
         self.model.load_state_dict(content["state_dict"])
-        self.step.optimizer.load_state_dict(content["optimizer"])
+        self._load_optimizer(content["optimizer"])
         training = content["training"]
         if training["scaler"] and self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(training["scaler"])
@@ -195,6 +188,14 @@ class Trainer:
             )
         return remarks
 
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """The momenta; what the configuration says of momentum and weight decay counts, not the checkpoint."""
+        groups = self.step.optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
+        self.step.optimizer.load_state_dict(state)
+        for group, values in zip(self.step.optimizer.param_groups, own, strict=True):
+            group.update(values)
+
     def _epoch(self) -> bool:
         """Finish an epoch; False if the run was asked to stop, which it did at a checkpoint."""
         epoch = self.progress.epoch
@@ -203,7 +204,7 @@ class Trainer:
         iterations = self.batches.count(epoch)
         bar = self.log.progress(epoch, self.epochs, iterations, self.progress.position)
         batches = self.batches.epoch(epoch, self.progress.position)
-        self._window = _Window()
+        self._meter.reset()
         try:
             while self.progress.position < iterations:
                 self._iteration(self._next(batches), epoch, iterations)
@@ -230,9 +231,7 @@ class Trainer:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise TrainingError(f"the loader must give a batch, got an error: {error}") from error
-        self._window.data_seconds += time.perf_counter() - began
-        for failure in batch["errors"]:
-            self.log.warning(f"cannot read '{failure.path}': {failure.reason}; another video takes its place")
+        self._meter.add_batch(time.perf_counter() - began, batch["errors"])
         return batch
 
     def _iteration(self, batch: dict, epoch: int, iterations: int) -> None:
@@ -242,8 +241,8 @@ class Trainer:
         lr = self.learning_rate(epoch, progress.iteration, iterations)
         progress.position += 1
         progress.iteration += 1
-        self._window.results.append(self.step(batch, lr, parts=parts, update=self._at_update(iterations)))
         self._lr = lr
+        self._meter.add_step(self.step(batch, lr, parts=parts, update=self._at_update(iterations)))
 
     def _at_update(self, iterations: int) -> bool:
         """Whether the weights have been updated by all gradients so far."""
@@ -268,51 +267,24 @@ class Trainer:
 
     def _flush(self, iterations: int) -> None:
         """Log the means since the last line, over all processes, and see that all of it is finite."""
-        window, self._window = self._window, _Window()
-        if not window.results:
+        progress = self.progress
+        try:
+            measured = self._meter.close_window()
+        except NotFiniteError as error:
+            iteration = progress.position - error.back * (1 if error.what == "loss" else self.accumulate)
+            raise TrainingError(
+                f"{error} in epoch {progress.epoch + 1}, iteration {max(iteration, 1)} (learning rate {self._lr:.3g}); "
+                "the newest checkpoint is from before"
+            ) from error
+        if measured is None:
             return
-        count = len(window.results)
-        losses = self.processes.mean(torch.stack([result["loss"] for result in window.results]))
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
-            iteration = self.progress.position - count + first + 1
-            raise TrainingError(
-                f"the loss must be finite, got {losses[first].item()} in epoch {self.progress.epoch + 1}, iteration "
-                f"{iteration} (learning rate {self._lr:.3g}); the newest checkpoint is from before"
-            )
-        seconds = (time.perf_counter() - window.began) / count
-        self._iteration_seconds += seconds * count
-        self._timed += count
-        values: dict[str, Any] = {
-            "epoch": self.progress.epoch + 1,
-            "iter": self.progress.position,
-            "lr": self._lr,
-        }
-        if self.processes.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.processes.device) // 2**20
-            values["memory"] = self.processes.maximum(int(peak))
-        values["data_time"] = window.data_seconds / count
-        for name in ("top1_acc", "top5_acc", "loss_cls", "loss", "grad_norm"):
-            column = torch.stack([result[name] for result in window.results if name in result])
-            column = self.processes.mean(column)
-            self._require_finite_gradients(name, column)
-            values[name] = column[column.isfinite()].mean().item()
-        values["time"] = seconds
-        self.log.train(values, iterations, self._eta(iterations), self.progress.iteration)
-
-    def _require_finite_gradients(self, name: str, column: Tensor) -> None:
-        """A scaled loss is allowed gradients that overflow: the update is left out and the scale lowered."""
-        if name == "grad_norm" and not self.step.scaler.is_enabled() and not column.isfinite().all():
-            raise TrainingError(
-                f"the gradients must be finite, got a norm of {column[~column.isfinite()][0].item()} in epoch "
-                f"{self.progress.epoch + 1}, at most {self.settings.log_interval} iterations before "
-                f"{self.progress.position}; the newest checkpoint is from before"
-            )
-
-    def _eta(self, iterations: int) -> float:
-        """Seconds to the end, if all epochs were as long as this one."""
-        left = (self.epochs - self.progress.epoch) * iterations - self.progress.position
-        return self._iteration_seconds / self._timed * left
+        values, failures = measured
+        for failure in failures:
+            self.log.warning(f"cannot read '{failure.path}': {failure.reason}; another video takes its place")
+        values = {"epoch": progress.epoch + 1, "iter": progress.position, "lr": self._lr, **values}
+        # As if all epochs to come were as long as this one.
+        left = (self.epochs - progress.epoch) * iterations - progress.position
+        self.log.train(values, iterations, left * self._meter.seconds_per_step, progress.iteration)
 
     def _set_splits(self, epoch: int) -> None:
         """Sub-batch norm keeps the statistics of full-size batches."""
@@ -385,8 +357,6 @@ class Trainer:
         if wanted is None:
             return
         metric = next(iter(values)) if wanted == "auto" else wanted
-        if metric not in values:
-            raise ValueError(f"config: evaluation.save_best must be among the metrics {list(values)}, got {metric!r}")
         if self.progress.best_score is not None and values[metric] <= self.progress.best_score:
             return
         self.progress.best_score = values[metric]

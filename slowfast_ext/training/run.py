@@ -101,24 +101,23 @@ def train(
     options = _with_config(options, settings)
     _check(options, settings)
     processes = start_processes(options.launcher)
+    work_dir = Path(options.work_dir or Path("work_dirs") / name)
+    if processes.is_main:
+        prepare_folder(work_dir)
+        write_file(work_dir / f"{name}.py", format_config(config).encode())
+    if options.deterministic:
+        use_deterministic_algorithms()
+    elif settings.cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    seed = choose_seed(options.seed, processes)
+    meta = _meta(config, name, settings, seed, work_dir)
+    log = RunLog(work_dir, processes, meta, settings.tensorboard)
     try:
-        work_dir = Path(options.work_dir or Path("work_dirs") / name)
-        if processes.is_main:
-            prepare_folder(work_dir)
-            write_file(work_dir / f"{name}.py", format_config(config).encode())
-        if options.deterministic:
-            use_deterministic_algorithms()
-        elif settings.cudnn_benchmark:
-            torch.backends.cudnn.benchmark = True
-        seed = choose_seed(options.seed, processes)
-        meta = _meta(config, name, settings, seed, work_dir)
-        log = RunLog(work_dir, processes, meta, settings.tensorboard)
-        try:
-            return _train(settings, options, metrics, source, processes, work_dir, seed, meta, log)
-        finally:
-            log.close()
+        stopped = _train(settings, options, metrics, source, processes, work_dir, seed, meta, log)
     finally:
-        processes.close()
+        log.close()
+    processes.close()  # not after an error: the others may be waiting for this one, and it for them
+    return stopped
 
 
 def prepare_folder(folder: Path) -> None:
@@ -141,7 +140,9 @@ def _train(settings, options, metrics, source, processes, work_dir, seed, meta, 
     seed_everything(seed)
     model = build_model(settings.model.network)
     checkpoints = CheckpointFolder(work_dir, settings.checkpoint.interval, settings.checkpoint.keep)
-    resumed = _resumed(options.resume_from, checkpoints, log)
+    # Read by one process for all: the folder may be on its machine only, and damage must be judged once.
+    resumed = _resumed(options.resume_from, checkpoints, log) if processes.is_main else None
+    resumed = processes.from_main(resumed)
     if resumed is None:
         _load_weights(model, settings, options.load_from, log)
     model = model.to(processes.device)

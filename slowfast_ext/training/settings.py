@@ -94,7 +94,7 @@ class MultigridSettings:
 class EvaluationSettings:
     """Validation after each ``interval`` epochs, from epoch ``start`` on; ``save_best`` names the metric to keep by."""
 
-    interval: int = 5
+    interval: int = 1
     start: int | None = None
     metrics: tuple[str, ...] = ("top_k_accuracy", "mean_class_accuracy")
     save_best: str | None = "auto"
@@ -141,6 +141,10 @@ class TrainingSettings:
     resume_from: str | None = None
     work_dir: str | None = None
     seed: int | None = None
+
+
+# Metrics of mmaction2's configurations, and the values that each gives.
+_METRIC_VALUES = {"top_k_accuracy": ("top1_acc", "top5_acc"), "mean_class_accuracy": ("mean_class_accuracy",)}
 
 
 def read_settings(config: dict[str, Any]) -> TrainingSettings:
@@ -351,17 +355,13 @@ def _read_evaluation(section: Section | None) -> EvaluationSettings:
     if section is None:
         return EvaluationSettings()
     metrics = section.take("metrics", ["top_k_accuracy", "mean_class_accuracy"], (list, tuple))
-    for metric in metrics:
-        if metric not in ("top_k_accuracy", "mean_class_accuracy"):
-            expected = "among top_k_accuracy and mean_class_accuracy"
-            raise ValueError(f"config: {section.path('metrics')} must be {expected}, got {metric!r}")
+    if not metrics or any(metric not in _METRIC_VALUES for metric in metrics):
+        raise ValueError(f"config: {section.path('metrics')} must be among {list(_METRIC_VALUES)}, got {list(metrics)}")
+    # How results travel between processes in mmaction2: here the scores are gathered, whichever is asked for.
     section.choice("gpu_collect", (False, True), False)
-    settings = EvaluationSettings(
-        section.count("interval", 1),
-        section.count("start", None),
-        tuple(metrics),
-        section.choice("save_best", ("auto", "top1_acc", "top5_acc", "mean_class_accuracy", None), "auto"),
-    )
+    named = [name for metric in metrics for name in _METRIC_VALUES[metric]]
+    best = section.choice("save_best", ("auto", None, *named), "auto")
+    settings = EvaluationSettings(section.count("interval", 1), section.count("start", None), tuple(metrics), best)
     section.close()
     return settings
 
@@ -390,7 +390,10 @@ def _read_log(section: Section | None) -> dict[str, Any]:
 
 
 def _read_runtime(root: Section) -> None:
-    """Keys of mmaction2's default_runtime.py: allowed with what this library does in any case."""
+    """Keys of mmaction2's default_runtime.py, allowed with what happens here in any case.
+
+    The device decides on the backend; decoding processes never inherit the state of this one, however they are started.
+    """
     dist_params = root.section("dist_params", None)
     if dist_params is not None:
         dist_params.choice("backend", ("nccl", "gloo"), "nccl")

@@ -130,7 +130,9 @@ def test_gradients_that_are_not_finite_stop_the_run_too(run, tmp_path):
     real = torch.nn.utils.get_total_norm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.utils.get_total_norm", lambda grads: real(grads) * float("inf"))
-        with pytest.raises(TrainingError, match="the gradients must be finite, got a norm of inf in epoch 1"):
+        with pytest.raises(
+            TrainingError, match="norm of the gradients must be finite, got inf in epoch 1, iteration 1 "
+        ):
             run()
     assert not list((tmp_path / "run").glob("*.pth"))
 
@@ -279,14 +281,18 @@ def test_a_pathway_starts_from_a_network_for_pictures(run, tmp_path):
     torch.testing.assert_close(weight[:, :, 0], source["conv1.weight"], rtol=0, atol=1e-6)
 
 
-def test_a_run_with_a_scaled_loss_keeps_float32_weights_and_the_scale(run, tmp_path):
-    run("total_epochs=1", amp="fp16", validate=True)
-    content = read_sound(tmp_path / "run" / "epoch_1.pth")
-    assert all(value.dtype in (torch.float32, torch.int64) for value in content["state_dict"].values())
-    assert content["training"]["scaler"]["scale"] > 0
-    steps = content["training"]["scaler"]["_growth_tracker"]  # updates since the last that overflowed
-    run("total_epochs=2", amp="fp16", resume_from="auto")
-    assert read_sound(tmp_path / "run" / "epoch_2.pth")["training"]["scaler"]["_growth_tracker"] == steps + 6
+def test_a_run_with_a_scaled_loss_keeps_float32_weights_and_goes_on_with_its_scale(run, tmp_path):
+    run("total_epochs=2", amp="fp16", validate=True, deterministic=True)
+    path = tmp_path / "run" / "epoch_2.pth"
+    expected = read_sound(path)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in expected["state_dict"].values())
+    path.unlink()
+    run("total_epochs=2", amp="fp16", resume_from="auto", deterministic=True)
+    torch.use_deterministic_algorithms(False)
+    found = read_sound(path)
+    assert found["training"]["scaler"] == expected["training"]["scaler"]
+    assert found["training"]["scaler"]["_growth_tracker"] < 12  # some update was left out, or this shows little
+    assert all(value.equal(found["state_dict"][name]) for name, value in expected["state_dict"].items())
 
 
 def test_the_seed_decides_the_run_and_its_absence_is_made_up_for(run, tmp_path):
