@@ -2,7 +2,7 @@
 
 from .batches import DataSource
 from .config_file import apply_overrides, format_config, read_config
-from .loop import TrainingError
+from .errors import TrainingError
 from .recipes import RECIPES, Recipe, zoo_config
 from .run import RunOptions, train
 from .settings import TrainingSettings, read_settings

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .batch_norm import sub_batch_norms
 from .batches import TrainingBatches
 from .checkpoint_files import CheckpointFolder
 from .distributed import Processes
+from .errors import NotFiniteError, TrainingError
 from .logs import RunLog
-from .meter import Meter, NotFiniteError
+from .meter import Meter
 from .multigrid import phase_of
 from .precise_bn import update_statistics
 from .randomness import random_states, set_random_states
@@ -26,10 +26,6 @@ from .schedules import LearningRate
 from .settings import TrainingSettings
 from .step import TrainingStep
 from .validation import Validation
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the newest checkpoint is as sound as before."""
 
 
 @dataclass
@@ -93,6 +89,7 @@ class Trainer:
         self.progress = Progress()
         self.stop_signal: signal.Signals | None = None
         self._unsaved: str | None = None
+        self._lr = 0.0
         self._norms = sub_batch_norms(model)
         self._meter = Meter(processes, gradients_may_overflow=step.scaler.is_enabled())
 
@@ -186,6 +183,9 @@ class Trainer:
                 f"the checkpoint is of {len(states)} processes, this run has {self.processes.world_size}: iterations "
                 "are converted, random numbers begin anew"
             )
+        position = self.progress.position
+        if position and position != self.batches.count(self.progress.epoch):  # begin where an update does
+            self.progress.position = position - position % self.accumulate
         return remarks
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
@@ -213,12 +213,12 @@ class Trainer:
                     return False
         finally:
             bar.close()
-            if hasattr(batches, "close"):
-                batches.close()
+            batches.close()
         self._flush(iterations)
         for norm in self._norms.values():
             norm.aggregate()
-        self._precise_bn(epoch)
+        if not self._precise_bn(epoch):
+            return False
         self.progress.epoch, self.progress.position = epoch + 1, 0
         self._save()
         return True
@@ -228,8 +228,6 @@ class Trainer:
         try:
             batch = next(batches)
         except (RuntimeError, StopIteration) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             raise TrainingError(f"the loader must give a batch, got an error: {error}") from error
         self._meter.add_batch(time.perf_counter() - began, batch["errors"])
         return batch
@@ -294,20 +292,30 @@ class Trainer:
                 if norm.splits != splits:
                     norm.set_splits(splits)
 
-    def _precise_bn(self, epoch: int) -> None:
+    def _precise_bn(self, epoch: int) -> bool:
+        """Recompute the batch statistics if that is due; False if the run was asked to stop meanwhile."""
         precise = self.settings.precise_bn
         if precise is None or (epoch + 1) % precise.interval:
-            return
+            return True
         self.log.info(f"recomputing batch statistics over {precise.num_iters} batches")
         batches = self.precise_batches.epoch(epoch)
 
         def clips() -> Iterator[Tensor]:
             for batch in batches:
+                if self._stopping():
+                    return
                 yield self.step.clip(batch)
 
-        with self.step.autocast():
-            update_statistics(self.model.backbone, clips(), precise.num_iters)
-        batches.close()
+        try:
+            with self.step.autocast():
+                update_statistics(self.model.backbone, clips(), precise.num_iters)
+        except ValueError:  # too few batches: the statistics are as before
+            if self.stop_signal is None:
+                raise
+            return False
+        finally:
+            batches.close()
+        return True
 
     def _save(self) -> None:
         """Write a checkpoint. If that fails, say so and go on: the work is in memory, the disk may have room later."""

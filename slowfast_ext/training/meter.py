@@ -12,21 +12,9 @@ from torch import Tensor
 
 from ..data import Failure
 from .distributed import Processes
+from .errors import NotFiniteError
 
 _AVERAGED = ("top1_acc", "top5_acc", "loss_cls", "loss", "grad_norm")
-
-
-class NotFiniteError(RuntimeError):
-    """The loss or a gradient is not a finite number.
-
-    Attributes:
-        what, value: the quantity and what it was.
-        back: updates or batches between that one and the end of the window, 0 for the last.
-    """
-
-    def __init__(self, what: str, value: float, back: int):
-        super().__init__(f"the {what} must be finite, got {value}")
-        self.what, self.value, self.back = what, value, back
 
 
 @dataclass

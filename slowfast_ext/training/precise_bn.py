@@ -31,7 +31,7 @@ def update_statistics(model: nn.Module, clips: Iterable[Tensor], count: int) -> 
     if not norms:
         return
     sums = [(torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var)) for norm in norms]
-    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
     seen = 0
     with ExitStack() as restoring:
         restoring.callback(model.train, model.training)
@@ -53,7 +53,10 @@ def update_statistics(model: nn.Module, clips: Iterable[Tensor], count: int) -> 
             if seen == count:
                 break
         for norm, (mean, variance), old in zip(norms, sums, before, strict=True):
-            norm.running_mean.copy_(mean / count if seen == count else old[0])
-            norm.running_var.copy_(variance / count if seen == count else old[1])
+            if seen < count:
+                norm.load_state_dict(old)
+                continue
+            norm.running_mean.copy_(mean / count)
+            norm.running_var.copy_(variance / count)
     if seen < count:
         raise ValueError(f"precise BN: the training loader must have at least {count} batches, got {seen}")

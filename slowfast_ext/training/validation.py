@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data import EpochSampler, Failure, normalize
 from .batches import DataSource
 from .distributed import Processes
+from .errors import TrainingError
 from .settings import TrainingSettings
 
 
@@ -76,7 +77,7 @@ class Validation:
         try:
             # Shares may differ by a batch: the processes ask each other equally often.
             for _ in range(self.processes.maximum(len(self.loader))):
-                batch = next(batches, None)
+                batch = self._next(batches)
                 if batch is not None:
                     failures += batch["errors"]
                     if len(batch["label"]):
@@ -85,17 +86,21 @@ class Validation:
                 if self.processes.maximum(int(stopping())):
                     return None
         finally:
-            if hasattr(batches, "close"):
-                batches.close()
+            batches.close()
             model.train(was_training)
         everything = sorted((row for part in self.processes.gather(rows) for row in part), key=lambda row: row[0])
         failures = [failure for part in self.processes.gather(failures) for failure in part]
         if not everything:
-            raise RuntimeError(
-                f"validation: no video could be read, the first is '{failures[0].path}': {failures[0].reason}"
-            )
+            first = failures[0]
+            raise TrainingError(f"validation must have readable videos, got none: '{first.path}': {first.reason}")
         scores = torch.stack([row[1] for row in everything])
         return Scores(scores, torch.tensor([row[2] for row in everything]), failures, len(self.loader))
+
+    def _next(self, batches: Iterator[dict]) -> dict | None:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            raise TrainingError(f"the validation's loader must give a batch, got an error: {error}") from error
 
     def _forward(self, model: nn.Module, views: Tensor, autocast: Callable) -> Tensor:
         """uint8 Tensor[B, views, T, H, W, 3] -> float32 Tensor[B, num_classes], averaged over the views."""

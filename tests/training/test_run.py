@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -168,6 +170,49 @@ def test_precise_statistics_replace_the_moving_averages_before_checkpoint_and_va
         assert one["state_dict"][name].equal(other["state_dict"][name]) == same
         weight = "backbone.slow_path.layer1.0.conv1.conv.weight"
         assert one["state_dict"][weight].equal(other["state_dict"][weight])
+
+
+def test_a_stop_during_precise_statistics_is_one_before_them(run, tmp_path):
+    """They are begun again, from the same weights, and nothing of the first attempt is left."""
+    overrides = ("precise_bn.num_iters=4", "total_epochs=1")
+    expected = _state_of(run, tmp_path, "calm", *overrides)
+
+    class Stopping(InProcessLoader):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if self.sampler.seed > 2**32 and number == 2:  # the order of their own that precise statistics have
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    run(*overrides, source=DataSource(SyntheticDataset, Stopping))
+    assert [path.name for path in (tmp_path / "run").glob("epoch*")] == ["epoch_0_iter_6.pth"]
+    found = _state_of(run, tmp_path, "run", *overrides)
+    assert all(value.equal(found[name]) for name, value in expected.items())
+
+
+def _state_of(run, tmp_path, folder, *overrides):
+    run(*overrides, folder=folder, resume_from="auto")
+    return read_sound(tmp_path / folder / "epoch_1.pth")["state_dict"]
+
+
+def test_a_checkpoint_of_other_hyperparameters_brings_only_its_momenta(run, tmp_path):
+    run("total_epochs=1")
+    run("total_epochs=2", "optimizer.weight_decay=0.5", "optimizer.momentum=0.25", resume_from="auto")
+    group = read_sound(tmp_path / "run" / "epoch_2.pth")["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.25)
+
+
+def test_a_validation_without_readable_videos_stops_the_run(run):
+    class Unreadable(InProcessLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                if self.dataset.test:
+                    failure = Failure(0, "broken.mp4", "no frames", None)
+                    batch = {"clip": batch["clip"][:0], "label": batch["label"][:0], "index": [], "errors": [failure]}
+                yield batch
+
+    with pytest.raises(TrainingError, match=r"must have readable videos, got none: 'broken\.mp4': no frames"):
+        run(source=DataSource(SyntheticDataset, Unreadable), validate=True)
 
 
 def test_fewer_batches_than_precise_statistics_need_are_told_before_any_work(run, tmp_path):
