@@ -122,6 +122,12 @@ class CheckpointFolder:
                 other.unlink(missing_ok=True)
         return path
 
+    def remove_leftovers(self) -> None:
+        """Delete what killed runs left half written. No other run may be writing to the folder."""
+        for path in self.folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def candidates(self) -> list[Candidate]:
         """All checkpoints to resume from, newest first."""
         found = []

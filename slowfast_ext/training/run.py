@@ -140,6 +140,8 @@ def _train(settings, options, metrics, source, processes, work_dir, seed, meta, 
     seed_everything(seed)
     model = build_model(settings.model.network)
     checkpoints = CheckpointFolder(work_dir, settings.checkpoint.interval, settings.checkpoint.keep)
+    if processes.is_main:
+        checkpoints.remove_leftovers()
     # Read by one process for all: the folder may be on its machine only, and damage must be judged once.
     resumed = _resumed(options.resume_from, checkpoints, log) if processes.is_main else None
     resumed = processes.from_main(resumed)

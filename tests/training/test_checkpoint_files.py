@@ -80,6 +80,13 @@ def test_checkpoints_are_ordered_by_progress(tmp_path):
     assert names == ["epoch_10_iter_5.pth", "epoch_10.pth", "epoch_9_iter_70.pth", "epoch_9.pth"]
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    for name in (".epoch_1.pth.123.tmp", ".latest.123.tmp", ".hidden", "epoch_1.pth"):
+        (tmp_path / name).write_bytes(b"")
+    CheckpointFolder(tmp_path).remove_leftovers()
+    assert _names(tmp_path) == [".hidden", "epoch_1.pth"]
+
+
 def test_nothing_to_resume_from_is_no_error(tmp_path):
     assert CheckpointFolder(tmp_path).newest_sound() == (None, None, [])
 

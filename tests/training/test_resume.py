@@ -95,6 +95,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(tmp_path, uninterr
         assert _kill_at(tmp_path, *moment) == -signal.SIGKILL, moment
     assert main(str(tmp_path), *OVERRIDES) is None
     _assert_same_end(uninterrupted, tmp_path)
+    assert not list(tmp_path.glob(".*"))
     best = [path.name for path in tmp_path.glob("best_*")]
     assert best == [path.name for path in uninterrupted.glob("best_*")]
 
