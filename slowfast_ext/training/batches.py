@@ -92,9 +92,9 @@ class TrainingBatches:
             ValueError: none, because the data set is smaller than a batch that must be complete.
         """
         grid = self._grid(epoch)
-        count = len(grid) if grid else self.sampler.num_batches(self.videos, self.drop_last)
+        count = self.sampler.num_batches(self.videos, self.drop_last) if grid is None else len(grid)
         if count == 0:
-            need = min(grid.sizes) if grid else self.videos
+            need = self.videos if grid is None else grid.sizes[0]
             raise ValueError(
                 f"train: the training set must fill a batch of {need} videos in each process, "
                 f"got {len(self.sampler)} videos of {len(self.dataset)}"

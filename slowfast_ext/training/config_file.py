@@ -48,7 +48,7 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[st
     Raises:
         ValueError: no ``=``, or a path through something that is neither dictionary nor list.
     """
-    config = copy.deepcopy(config)
+    config = _separate(config)
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path:
@@ -254,6 +254,13 @@ def _merge(base: dict[str, Any], child: dict[str, Any], where: str) -> dict[str,
                 f"config: {name} of '{where}' must have _delete_=True to replace {inherited!r} with a dictionary"
             )
     return merged
+
+
+def _separate(value: Any) -> Any:
+    """A copy in which no part is shared: an override must reach one place only."""
+    if isinstance(value, dict):
+        return {key: _separate(item) for key, item in value.items()}
+    return type(value)(map(_separate, value)) if isinstance(value, list | tuple) else value
 
 
 def _child(node: Any, name: str, path: str) -> Any:

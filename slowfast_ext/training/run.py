@@ -166,7 +166,9 @@ def _train(settings, options, metrics, source, processes, work_dir, seed, meta, 
     network = model
     if processes.control is not None:
         device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        network = DistributedDataParallel(model, device_ids=device_ids)
+        # Each process keeps its own batch statistics. As an argument this has another name in each version of torch.
+        network.broadcast_buffers = False
     step = TrainingStep(
         network,
         settings.optimizer,

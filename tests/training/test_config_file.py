@@ -177,6 +177,12 @@ def test_overrides_reach_nested_keys_and_list_positions():
     assert config["optimizer"] == {"lr": 0.1}
 
 
+def test_an_override_reaches_one_place_only():
+    shared = {"scale": 1}
+    changed = apply_overrides({"train": [shared], "val": [shared]}, ["train.0.scale=2"])
+    assert changed == {"train": [{"scale": 2}], "val": [{"scale": 1}]}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

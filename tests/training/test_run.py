@@ -261,6 +261,14 @@ def test_multigrid_changes_the_clips_with_epoch_and_batch(run, short_cycle):
     assert rates[1] == pytest.approx(0.05 * 4)  # the batch of the first phase is four times the full one
 
 
+def test_a_training_set_smaller_than_the_largest_batch_is_told_before_any_work(run, tmp_path):
+    with pytest.raises(ValueError, match="must fill a batch of 16 videos in each process, got 12 videos of 12"):
+        run(keys=MULTIGRID)
+    with pytest.raises(ValueError, match="must fill a batch of 16 videos in each process, got 12 videos of 12"):
+        run("data.videos_per_gpu=16", "model.backbone.norm_cfg.type=SubBatchBN3d")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
 def test_multigrid_with_sub_batch_norm_keeps_the_statistics_of_full_batches(run, tmp_path):
     source = DataSource(lambda *arguments: SyntheticDataset(*arguments, length=48), InProcessLoader)
     run("model.backbone.norm_cfg.type=SubBatchBN3d", source=source, keys=MULTIGRID, validate=True)
