@@ -85,13 +85,9 @@ class ClipLoader:
     def __iter__(self) -> Iterator[dict]:
         if self._iterating:
             raise RuntimeError("ClipLoader: one iteration must end before the next begins, got a second one")
-        batches = iter(self.sampler)
-        if self.batch_size is not None:
-            batches = self.sampler.batches(self.batch_size, self._drop_last)
-        return self._iterate(batches)
-
-    def _iterate(self, batches: Iterator[list[Index]]) -> Iterator[dict]:
         self._iterating = True
+        by_size = self.batch_size is not None
+        batches = self.sampler.batches(self.batch_size, self._drop_last) if by_size else iter(self.sampler)
         pending = deque()
         try:
             self._start(batches, pending)
@@ -226,7 +222,8 @@ def build_loader(
 
     A video that raises an error, takes longer than ``timeout`` or ends its process is tried again ``retries`` times.
     In training another one then takes its place, the same in every run; after MOST_REPLACEMENTS of them in a row the
-    data are taken for lost. In testing the video is missing from its batch, which can leave it empty.
+    data are taken for lost. In testing the video is missing from its batch, which can leave it empty. The processes
+    import the program that was started: it must not begin its work outside of ``if __name__ == "__main__":``.
 
     Args:
         dataset: where samples come from. Its epoch at the time of the iteration counts.

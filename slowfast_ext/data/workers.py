@@ -63,6 +63,8 @@ class WorkerPool:
 
     def submit(self, key: Hashable, task: Any) -> None:
         """Give a task to the process with the fewest. ``key`` comes back with its result."""
+        if not self._workers:
+            raise RuntimeError("WorkerPool: the pool must be open, got a closed one")
         worker = min(self._workers, key=lambda worker: len(worker.tasks))
         if not worker.tasks:
             worker.began = time.monotonic()

@@ -17,7 +17,12 @@ def task(request):
     if kind == "double":
         return 2 * arguments[0]
     if kind == "tensor":
-        return {"zeros": torch.zeros(0, 3), "numbers": torch.arange(arguments[0]).reshape(2, -1), "pid": os.getpid()}
+        return {
+            "zeros": torch.zeros(0, 3),
+            "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),
+            "numbers": torch.arange(arguments[0]).reshape(2, -1),
+            "pid": os.getpid(),
+        }
     if kind == "sleep":
         time.sleep(arguments[0])
     if kind == "hang":

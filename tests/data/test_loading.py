@@ -1,4 +1,3 @@
-import time
 from collections import Counter
 
 import pytest
@@ -74,7 +73,7 @@ def test_neither_workers_nor_a_resumption_change_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("hangs", "it took longer than 0.7 s"),
+        ("hangs", "it took longer than 1.5 s"),
         ("dies", "its process died (SIGKILL, which the system does when memory runs out)"),
     ],
 )
@@ -83,21 +82,19 @@ def test_an_unreadable_video_is_replaced_in_training_and_reported(tmp_path, faul
     dataset = make(tmp_path, names, seed=1)
     replacement = dataset.replacement(3, 1)
     assert replacement != 3
-    for _ in range(2):
-        start = time.monotonic()
-        with in_order(dataset, 4, timeout=0.7) as loader:
+    for _ in range(2):  # always the same one
+        with in_order(dataset, 4, timeout=1.5) as loader:
             first, *others = loader
             assert first["errors"] == [Failure(3, str(tmp_path / f"{fault}.mp4"), reason, replacement)]
             assert first["index"].tolist() == [0, 1, 2, replacement]
             assert torch.equal(first["clip"][3], dataset[replacement].clip)
             assert [batch["index"].tolist() for batch in others] == [[4, 5, 6, 7], [8, 9, 10]]
             assert loader.failures == Counter({str(tmp_path / f"{fault}.mp4"): 1})
-        assert time.monotonic() - start < 20
 
 
 def test_an_unreadable_video_is_an_entry_of_its_own_in_testing(tmp_path):
     dataset = make(tmp_path, ["v-0", "hangs", "v-2", "dies"], test=True)
-    with in_order(dataset, 1, timeout=0.7, retries=0) as loader:
+    with in_order(dataset, 1, timeout=1.5, retries=0) as loader:
         batches = list(loader)
     assert [batch["index"].tolist() for batch in batches] == [[0], [], [2], []]
     assert [batch["label"].tolist() for batch in batches] == [[0], [], [2], []]
@@ -107,7 +104,7 @@ def test_an_unreadable_video_is_an_entry_of_its_own_in_testing(tmp_path):
         (1, 3, 4, 16, 16, 3),
         (0, 3, 4, 16, 16, 3),
     ]
-    assert batches[1]["errors"] == [Failure(1, str(tmp_path / "hangs.mp4"), "it took longer than 0.7 s", None)]
+    assert batches[1]["errors"] == [Failure(1, str(tmp_path / "hangs.mp4"), "it took longer than 1.5 s", None)]
     assert [failure.index for failure in batches[3]["errors"]] == [3]
 
 
@@ -161,8 +158,9 @@ def test_an_abandoned_iteration_leaves_nothing_behind(tmp_path):
         iteration = iter(loader)
         next(iteration)
         with pytest.raises(RuntimeError, match="one iteration must end before the next begins"):
-            iter(loader)
+            next(iter(loader))
         iteration.close()
+        assert len(loader._pool) == 0
         assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 

@@ -97,8 +97,9 @@ def test_random_crops_have_the_areas_and_ratios_of_the_recipe():
     top, left, height, width = draws(256, 340).T
     assert (top >= 0).all()
     assert (left >= 0).all()
-    assert (top + height).max() == 256  # the far edges are reached
-    assert (left + width).max() == 340
+    small = (height < 200) & (width < 250)
+    assert (top + height)[small].max() == 256  # the far edges are reached
+    assert (left + width)[small].max() == 340
     area, ratio = height * width / (256 * 340), width / height
     assert 0.078 < area.min() < 0.1
     assert area.max() > 0.9
@@ -112,10 +113,10 @@ def test_the_first_candidate_that_fits_is_taken():
     for seed in range(20):
         generator = np.random.default_rng(seed)
         ratios = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), 10))
-        areas = generator.uniform(0.08, 1, 10) * 100 * 300
+        areas = generator.uniform(0.08, 1, 10) * 200 * 300
         heights, widths = np.round(np.sqrt(areas / ratios)), np.round(np.sqrt(areas * ratios))
-        first = np.flatnonzero((heights <= 100) & (widths <= 300))[0]
-        assert random_resized_crop(100, 300, np.random.default_rng(seed))[2:] == (heights[first], widths[first])
+        first = np.flatnonzero((heights <= 200) & (widths <= 300))[0]
+        assert random_resized_crop(200, 300, np.random.default_rng(seed))[2:] == (heights[first], widths[first])
 
 
 def test_without_a_candidate_that_fits_the_middle_square_is_taken():

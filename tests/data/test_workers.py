@@ -42,26 +42,25 @@ def test_tensors_are_shared_and_outlive_their_process(pool):
     os.kill(outcome["pid"], signal.SIGKILL)
     assert torch.equal(outcome["numbers"], torch.arange(1000).reshape(2, 500))
     assert outcome["zeros"].shape == (0, 3)
+    assert outcome["bytes"].tolist() == [1, 2, 3]
     outcome["numbers"][0, 0] = 5  # writable
 
 
 def test_a_task_that_hangs_is_ended_and_those_behind_it_are_done():
-    pool = WorkerPool(task, 1, timeout=0.5)
+    pool = WorkerPool(task, 1, timeout=1.5)
     pool.submit("hangs", "hang")
     pool.submit("behind", ("double", 4))
-    start = time.monotonic()
-    outcomes = results(pool)
-    assert outcomes == {"hangs": TaskFailure("it took longer than 0.5 s"), "behind": 8}
-    assert time.monotonic() - start < 15
+    assert results(pool) == {"hangs": TaskFailure("it took longer than 1.5 s"), "behind": 8}
     pool.close()
 
 
 def test_time_spent_in_the_queue_does_not_count():
-    pool = WorkerPool(task, 1, timeout=1.0)
-    for number in range(4):
-        pool.submit(number, ("sleep", 0.4))
-    time.sleep(2)  # the caller is away
-    assert not any(isinstance(outcome, TaskFailure) for outcome in results(pool).values())
+    pool = WorkerPool(task, 1, timeout=1.5)
+    for away in (0, 2.5):
+        for number in range(4):
+            pool.submit(number, ("sleep", 0.5))
+        time.sleep(away)
+        assert not any(isinstance(outcome, TaskFailure) for outcome in results(pool).values())
     pool.close()
 
 
@@ -101,6 +100,9 @@ def test_cancelled_tasks_are_forgotten(pool):
     assert len(pool) == 0
     pool.submit("new", ("double", 2))
     assert results(pool) == {"new": 4}
+    pool.close()
+    with pytest.raises(RuntimeError, match="the pool must be open, got a closed one"):
+        pool.submit(0, ("double", 1))
 
 
 def test_a_process_that_cannot_start_is_an_error():
