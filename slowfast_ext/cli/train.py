@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import evaluate
-from ..training import RunOptions, TrainingError, apply_overrides, read_config, train, zoo_config
+from ..training import RunOptions, TrainingError, apply_overrides, read_config, starting_weights, train, zoo_config
 from ..training.distributed import LAUNCHERS
 from ..training.step import AMP_DTYPES
 
@@ -100,6 +100,12 @@ def run(args: argparse.Namespace) -> int:
         sync_bn=args.sync_bn,
         plot=args.plot,
     )
+    start = starting_weights(name)
+    if start and not (args.load_from or args.resume_from or config.get("load_from")):
+        print(
+            f"slowfast-ext train: warning: the published run began with the weights of {start}: --load-from FILE",
+            file=sys.stderr,
+        )
     try:
         stopped = train(config, name, options, evaluate)
     except TrainingError as error:

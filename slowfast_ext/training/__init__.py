@@ -3,7 +3,7 @@
 from .batches import DataSource
 from .config_file import apply_overrides, format_config, read_config
 from .errors import TrainingError
-from .recipes import RECIPES, Recipe, zoo_config
+from .recipes import RECIPES, Recipe, starting_weights, zoo_config
 from .run import RunOptions, train
 from .settings import TrainingSettings, read_settings
 
@@ -18,6 +18,7 @@ __all__ = [
     "format_config",
     "read_config",
     "read_settings",
+    "starting_weights",
     "train",
     "zoo_config",
 ]

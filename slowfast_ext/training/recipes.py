@@ -87,11 +87,6 @@ _STHV1_FLIP_LABELS = {2: 4, 4: 2, 30: 41, 41: 30, 52: 66, 66: 52}
 _PROCESSES = 8
 
 
-def is_zoo_name(name: str) -> bool:
-    """Whether :func:`zoo_config` knows ``name``."""
-    return name.replace("_perbn_", "_prebn_") in RECIPES
-
-
 def zoo_config(name: str) -> dict[str, Any]:
     """The whole configuration of a zoo name with mmaction2's keys, as :func:`read_config` would give it.
 

@@ -119,13 +119,15 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that a configuration says about training."""
+    """Everything that a configuration says; ``test`` is what its checkpoints are tested on after training."""
 
     model: ModelSettings
     train: DatasetSettings
     train_loader: LoaderSettings
     val: DatasetSettings | None
     val_loader: LoaderSettings
+    test: DatasetSettings | None
+    test_loader: LoaderSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     epochs: int
@@ -183,6 +185,8 @@ def read_settings(config: dict[str, Any]) -> TrainingSettings:
         train_loader=loaders["train"],
         val=val,
         val_loader=loaders["val"],
+        test=test,
+        test_loader=loaders["test"],
         optimizer=_read_optimizer(root.section("optimizer"), root.section("optimizer_config", None)),
         schedule=_read_schedule(root.section("lr_config")),
         epochs=epochs,

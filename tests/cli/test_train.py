@@ -145,6 +145,14 @@ def test_a_run_that_cannot_go_on_ends_with_status_one(folder, capsys):
     assert "the loader must give a batch, got an error: " in capsys.readouterr().err
 
 
+def test_the_weights_that_a_recipe_begins_with_are_named(capsys):
+    assert main(["train", "slowfast_r50_16x8x1_22e_sthv1_rgb", "--resume-from", "no.pth"]) == 2
+    assert "began with" not in capsys.readouterr().err
+    assert main(["train", "slowfast_r50_16x8x1_22e_sthv1_rgb", "--accumulate", "0"]) == 2
+    expected = "the published run began with the weights of slowfast_r50_8x8x1_256e_kinetics400_rgb: --load-from FILE"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_path_into_mmaction2_that_does_not_exist_stands_for_the_zoo():
     name = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
     config, found = resolve(f"configs/recognition/slowfast/{name}.py", ["data.videos_per_gpu=4"])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from slowfast_ext.models import get_config, list_models
@@ -92,3 +94,105 @@ def test_the_misspelling_of_the_page_is_understood_and_unknown_names_get_the_nea
     assert zoo_config(name.replace("prebn", "perbn")) == zoo_config(name)
     with pytest.raises(ValueError, match="did you mean slowfast_r50_4x16x1_256e_kinetics400_rgb"):
         zoo_config("slowfast_r50_4x16x1_kinetics400_rgb")
+
+
+# The published 8x8 configuration as its own repository states it: bases, variables, trailing remarks.
+MODEL = """
+model = dict(
+    type='Recognizer3D',
+    backbone=dict(
+        type='ResNet3dSlowFast',
+        pretrained=None,
+        resample_rate=8,  # tau
+        speed_ratio=8,  # alpha
+        channel_ratio=8,  # beta_inv
+        slow_pathway=dict(
+            type='resnet3d', depth=50, pretrained=None, lateral=True, conv1_kernel=(1, 7, 7), dilations=(1, 1, 1, 1),
+            conv1_stride_t=1, pool1_stride_t=1, inflate=(0, 0, 1, 1), norm_eval=False),
+        fast_pathway=dict(
+            type='resnet3d', depth=50, pretrained=None, lateral=False, base_channels=8, conv1_kernel=(5, 7, 7),
+            conv1_stride_t=1, pool1_stride_t=1, norm_eval=False)),
+    cls_head=dict(type='SlowFastHead', in_channels=2304, num_classes=400, spatial_type='avg', dropout_ratio=0.5),
+    train_cfg=None,
+    test_cfg=dict(average_clips='prob'))
+"""
+RUNTIME = """
+checkpoint_config = dict(interval=1)
+log_config = dict(interval=20, hooks=[dict(type='TextLoggerHook')])
+dist_params = dict(backend='nccl')
+log_level = 'INFO'
+load_from = None
+resume_from = None
+workflow = [('train', 1)]
+opencv_num_threads = 0
+mp_start_method = 'fork'
+"""
+CHILD = """
+_base_ = ['_base_/model.py', '_base_/runtime.py']
+model = dict(backbone=dict(resample_rate=4, speed_ratio=4, slow_pathway=dict(fusion_kernel=7)))
+dataset_type = 'RawframeDataset'
+data_root = 'data/kinetics400/rawframes_train'
+data_root_val = 'data/kinetics400/rawframes_val'
+ann_file_train = 'data/kinetics400/kinetics400_train_list_rawframes.txt'
+ann_file_val = 'data/kinetics400/kinetics400_val_list_rawframes.txt'
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_bgr=False)
+train_pipeline = [
+    dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1),
+    dict(type='RawFrameDecode'),
+    dict(type='Resize', scale=(-1, 256)),
+    dict(type='RandomResizedCrop'),
+    dict(type='Resize', scale=(224, 224), keep_ratio=False),
+    dict(type='Flip', flip_ratio=0.5),
+    dict(type='Normalize', **img_norm_cfg),
+    dict(type='FormatShape', input_format='NCTHW'),
+    dict(type='Collect', keys=['imgs', 'label'], meta_keys=[]),
+    dict(type='ToTensor', keys=['imgs', 'label'])
+]
+val_pipeline = [
+    dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1, test_mode=True),
+    dict(type='RawFrameDecode'),
+    dict(type='Resize', scale=(-1, 256)),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='Normalize', **img_norm_cfg),
+    dict(type='FormatShape', input_format='NCTHW'),
+    dict(type='Collect', keys=['imgs', 'label'], meta_keys=[]),
+    dict(type='ToTensor', keys=['imgs'])
+]
+test_pipeline = [
+    dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=10, test_mode=True),
+    dict(type='RawFrameDecode'),
+    dict(type='Resize', scale=(-1, 256)),
+    dict(type='ThreeCrop', crop_size=256),
+    dict(type='Normalize', **img_norm_cfg),
+    dict(type='FormatShape', input_format='NCTHW'),
+    dict(type='Collect', keys=['imgs', 'label'], meta_keys=[]),
+    dict(type='ToTensor', keys=['imgs'])
+]
+data = dict(
+    videos_per_gpu=8,
+    workers_per_gpu=2,
+    test_dataloader=dict(videos_per_gpu=1),
+    train=dict(type=dataset_type, ann_file=ann_file_train, data_prefix=data_root, pipeline=train_pipeline),
+    val=dict(type=dataset_type, ann_file=ann_file_val, data_prefix=data_root_val, pipeline=val_pipeline),
+    test=dict(type=dataset_type, ann_file=ann_file_val, data_prefix=data_root_val, pipeline=test_pipeline))
+evaluation = dict(interval=5, metrics=['top_k_accuracy', 'mean_class_accuracy'])
+optimizer = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.0001)  # this lr is used for 8 gpus
+optimizer_config = dict(grad_clip=dict(max_norm=40, norm_type=2))
+lr_config = dict(policy='CosineAnnealing', min_lr=0, warmup='linear', warmup_by_epoch=True, warmup_iters=34)
+total_epochs = 256
+checkpoint_config = dict(interval=4)
+work_dir = './work_dirs/slowfast_r50_8x8x1_256e_kinetics400_rgb'
+find_unused_parameters = False
+"""
+
+
+def test_a_configuration_in_the_form_of_the_page_is_the_recipe(tmp_path, settings):
+    (tmp_path / "_base_").mkdir()
+    (tmp_path / "_base_" / "model.py").write_text(MODEL)
+    (tmp_path / "_base_" / "runtime.py").write_text(RUNTIME)
+    (tmp_path / "child.py").write_text(CHILD)
+    found = read_settings(read_config(tmp_path / "child.py"))
+    expected = settings[K400.format("r50_8x8x1_256e", "")]
+    # Only the recipe of the zoo knows the batch of its rate, only the file names a folder.
+    changed = {"base_batch_size": None, "work_dir": "./work_dirs/slowfast_r50_8x8x1_256e_kinetics400_rgb"}
+    assert found == dataclasses.replace(expected, **changed)
