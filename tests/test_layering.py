@@ -38,6 +38,7 @@ OUTSIDE = {
     "engine": {"openvino", "torch"},
     "checkpoints": {"numpy", "safetensors", "torch"},
     "data": {"numpy", "torch", *DECODERS},
+    "training": {"matplotlib", "numpy", "torch", "tqdm"},  # matplotlib where a plot is asked for
 }
 DEPENDENCIES = {"numpy", "safetensors", "torch", "tqdm", *DECODERS}
 OUTSIDE["evaluation"] = DEPENDENCIES | EXTRAS
