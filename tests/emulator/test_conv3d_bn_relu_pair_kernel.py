@@ -38,7 +38,7 @@ MUTANTS = {
     "one_aligned_weight_is_enough": Mutant(
         "return copies_in_chunks(problems[0], element_bytes) && copies_in_chunks(problems[1], element_bytes)",
         "return copies_in_chunks(problems[0], element_bytes)",
-        "address",
+        "plain",
         "second_weight_unaligned",
     ),
 }
