@@ -3,7 +3,8 @@
 import argparse
 import json
 import os
-from pathlib import Path
+
+from ..evaluation.files import written_then_renamed
 
 
 def check_writable(option: str, path: str) -> None:
@@ -15,14 +16,8 @@ def check_writable(option: str, path: str) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write beside the target and rename, so that a reader never sees half a file."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_then_renamed(path) as temporary, open(temporary, "x", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def write_json(path: str, value: dict | list) -> None:

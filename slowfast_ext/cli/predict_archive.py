@@ -6,6 +6,7 @@ import sys
 
 from tqdm import tqdm
 
+from ..data import DECODERS
 from ..evaluation.archive import OUTPUTS, ArchiveSettings, WorkerOptions, open_archive, run_archive
 from ..evaluation.extras import require_packages
 from ..evaluation.features import ORDERS
@@ -65,7 +66,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--videos-per-file", type=positive, default=64, metavar="N", help="rows a file (default: 64)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the arithmetic (default: float32)")
     parser.add_argument("--max-views", type=positive, metavar="N", help="views at a time, as in predict")
-    parser.add_argument("--decoder", default="auto", help="as in predict", choices=("auto", "decord", "pyav"))
+    parser.add_argument("--decoder", default="auto", choices=DECODERS, help="as in predict")
     add_engine_options(parser)
     parser.set_defaults(run=run)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops.conv3d_bn_relu import TILES
 from .autotune import TOLERANCE, Candidate, Tuner
 from .ceilings import measure_ceilings
 from .memory import Arena
@@ -71,7 +72,7 @@ class FusedBackend:
         elif step.operator == "conv3d_bn_relu":
             self._choose_convolution(step, inputs, outputs[0])
         elif step.operator == "conv3d_bn_relu_pair":
-            step.run, step.why = self._pair(step, inputs[0], outputs), "both read the same input"
+            self._choose_pair(step, inputs[0], outputs)
         elif step.operator == "fast_bottleneck":
             step.run, step.why = self._bottleneck(step, inputs[0], outputs[0]), "intermediates stay on chip"
         elif step.operator == "lateral_fuse":
@@ -114,7 +115,8 @@ class FusedBackend:
         stride = step.convolutions[1].stride[1]
         return lambda: ops.fast_bottleneck(x, *operands, stride=stride, out=out)
 
-    def _pair(self, step: Step, x: Tensor, outputs: Sequence[Tensor]) -> Run:
+    def _choose_pair(self, step: Step, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """One launch, or each convolution as it is best by itself."""
         first, shortcut = step.convolutions
         operands = (first.weight, first.bias, shortcut.weight, shortcut.bias)
         options = {
@@ -125,30 +127,66 @@ class FusedBackend:
             "out": outputs[0],
             "out_shortcut": outputs[1],
         }
-        return lambda: ops.conv3d_bn_relu_pair(x, *operands, **options)
+        singles = [
+            self._tuned(convolution, [x], out) for convolution, out in zip(step.convolutions, outputs, strict=True)
+        ]
+        runs = {
+            "ops.conv3d_bn_relu_pair": lambda: ops.conv3d_bn_relu_pair(x, *operands, **options),
+            " and ".join(name for name, *_ in singles): lambda: [run() for *_, run in singles],
+        }
+
+        def result(run: Run) -> Tensor:
+            run()
+            return torch.cat([out.flatten() for out in outputs])
+
+        step.kernel, step.why = self.tuner.choose(
+            " and ".join(
+                self._key(convolution, [x], out) for convolution, out in zip(step.convolutions, outputs, strict=True)
+            ),
+            [Candidate(name, lambda run=run: result(run)) for name, run in runs.items()],
+            lambda: torch.cat([_plain(convolution, x, None).flatten() for convolution in (first, shortcut)]),
+            self._limit(x),
+        )
+        step.run = runs[step.kernel]
 
     def _choose_convolution(self, step: Step, inputs: Sequence[Tensor], out: Tensor) -> None:
         (convolution,) = step.convolutions
+        step.kernel, step.why, step.run = self._tuned(convolution, inputs, out)
+
+    def _tuned(self, convolution: Convolution, inputs: Sequence[Tensor], out: Tensor) -> tuple[str, str, Run]:
+        """Name, reason and function of what computes ``out`` fastest."""
         residual = inputs[1] if len(inputs) == 2 else None
         runs = dict(_convolution_runs(convolution, inputs[0], residual, out))
-        for tensor in inputs:  # what the arena holds before the first call may be anything
-            tensor.normal_()
+        if self.tuner.enabled:
+            for tensor in inputs:  # what the arena holds before the first call may be anything
+                tensor.normal_()
 
         def result(run: Run) -> Tensor:
             run()
             return out
 
-        dtype = self.network.dtype
-        tf32 = dtype == torch.float32 and out.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-        pitches = [tensor.stride(4) for tensor in (*inputs, out)]
-        step.kernel, step.why = self.tuner.choose(
-            f"conv3d_bn_relu {tuple(inputs[0].shape)} {tuple(convolution.weight.shape)} stride {convolution.stride} "
-            f"padding {convolution.padding} pitches {pitches} relu {convolution.relu} {dtype}{' tf32' if tf32 else ''}",
+        name, why = self.tuner.choose(
+            self._key(convolution, inputs, out),
             [Candidate(name, lambda run=run: result(run)) for name, run in runs.items()],
             lambda: _plain(convolution, inputs[0], residual),
-            TOLERANCE["tf32" if tf32 else dtype],
+            self._limit(out),
         )
-        step.run = runs[step.kernel]
+        return name, why, runs[name]
+
+    def _key(self, convolution: Convolution, inputs: Sequence[Tensor], out: Tensor) -> str:
+        pitches = [tensor.stride(4) for tensor in (*inputs, out)]
+        return (
+            f"conv3d_bn_relu {tuple(inputs[0].shape)} {tuple(convolution.weight.shape)} stride {convolution.stride} "
+            f"padding {convolution.padding} pitches {pitches} relu {convolution.relu} {out.dtype}"
+            + (" tf32" if _uses_tf32(out) else "")
+        )
+
+    def _limit(self, out: Tensor) -> float:
+        return TOLERANCE["tf32" if _uses_tf32(out) else out.dtype]
+
+
+def _uses_tf32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _convolution_runs(
@@ -158,6 +196,14 @@ def _convolution_runs(
     weight, bias, relu = convolution.weight, convolution.bias, convolution.relu
     geometry = {"stride": convolution.stride, "padding": convolution.padding}
     yield "ops.conv3d_bn_relu", lambda: ops.conv3d_bn_relu(x, weight, bias, residual, **geometry, relu=relu, out=out)
+    if x.is_cuda:
+        for tile, splits in _tiles(convolution, x, out):
+            yield (
+                f"ops.conv3d_bn_relu {tile}" + (f" / {splits}" if splits > 1 else ""),
+                lambda tile=tile, splits=splits: ops.conv3d_bn_relu(
+                    x, weight, bias, residual, **geometry, relu=relu, out=out, tile=(tile, splits)
+                ),
+            )
     narrow_bias = None if bias is None else bias.to(x.dtype)
 
     def pointwise() -> None:
@@ -195,6 +241,21 @@ def _convolution_runs(
             target.copy_(y)
 
         yield "GEMM + pointwise", gemm
+
+
+def _tiles(convolution: Convolution, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
+    """Tiles that suit the layer, and splits of its sums where tiles alone would leave multiprocessors idle."""
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    pixels = out.numel() // out.shape[1]
+    steps = -(-convolution.weight[0].numel() * x.element_size() // 64)
+    for tile in TILES:
+        height, width = map(int, tile.split("x"))
+        if width >= 2 * max(out.shape[1], 16):  # half of it would be empty
+            continue
+        tiles = -(-pixels // height) * -(-out.shape[1] // width)
+        for splits in (1, 2, 4, 8, 16):
+            if splits == 1 or (4 * splits <= steps and tiles * splits <= 2 * multiprocessors):
+                yield tile, splits
 
 
 def _plain(convolution: Convolution, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -14,8 +14,16 @@ _ARGUMENTS = (
 )
 lib.define(f"conv3d_bn_relu({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define(f"conv3d_bn_relu.out({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+lib.define(
+    f"conv3d_bn_relu.tiled({_ARGUMENTS}, int tile, int splits, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _operator = torch.ops.slowfast_ext.conv3d_bn_relu.default
 _operator_out = torch.ops.slowfast_ext.conv3d_bn_relu.out
+_operator_tiled = torch.ops.slowfast_ext.conv3d_bn_relu.tiled
+
+# Output pixels x output channels of a thread block; in the order of csrc/conv3d_plan.cuh.
+TILES = ("128x128", "128x64", "64x64", "128x32", "128x16")
 
 
 def conv3d_bn_relu(
@@ -28,6 +36,7 @@ def conv3d_bn_relu(
     padding: int | tuple[int, int, int] = 0,
     relu: bool = True,
     out: Tensor | None = None,
+    tile: tuple[str, int] | None = None,
 ) -> Tensor:
     """3-D convolution with everything that follows it in a residual network, in one pass over memory.
 
@@ -52,6 +61,8 @@ def conv3d_bn_relu(
         out (Tensor[N, K, T', H', W']): where to write, dtype of ``x``: channels_last_3d, or a slice of the channels of
             such a tensor, which is how a concatenation is filled without a copy. Must not overlap ``x``. Without
             gradients.
+        tile: for measurements on a GPU, with ``out``: one of ``TILES`` and how many thread blocks share the sums of
+            one output (1, 2, 4, 8 or 16), in place of what the kernel's cost model chooses.
 
     Returns:
         Tensor[N, K, T', H', W']: ``out``, or a new tensor in channels_last_3d.
@@ -65,11 +76,23 @@ def conv3d_bn_relu(
     stride = (stride,) * 3 if isinstance(stride, int) else stride
     padding = (padding,) * 3 if isinstance(padding, int) else padding
     allow_tf32 = allows_tf32(x)
+    _check_tile(x, out, tile)
     if out is None:
         return _operator(x, weight, bias, residual, stride, padding, relu, allow_tf32)
     refuse_gradients_with_out("conv3d_bn_relu", x, weight, bias, residual, out)
-    _operator_out(x, weight, bias, residual, stride, padding, relu, allow_tf32, out)
+    arguments = (x, weight, bias, residual, stride, padding, relu, allow_tf32)
+    if tile is None:
+        _operator_out(*arguments, out)
+    else:
+        _operator_tiled(*arguments, TILES.index(tile[0]), tile[1], out)
     return out
+
+
+def _check_tile(x: Tensor, out: Tensor | None, tile: tuple[str, int] | None) -> None:
+    if tile is not None:
+        check("conv3d_bn_relu", x.is_cuda and out is not None, "tile", "None without out and without a GPU", tile)
+        known = tile[0] in TILES and tile[1] in (1, 2, 4, 8, 16)
+        check("conv3d_bn_relu", known, "tile", f"one of {TILES} with 1, 2, 4, 8 or 16 blocks", tile)
 
 
 def fold_batch_norm(
@@ -254,5 +277,5 @@ def _backward(ctx, grad):
 torch.library.register_autograd("slowfast_ext::conv3d_bn_relu", _backward, setup_context=_setup_context, lib=lib)
 
 
-for _overload in (_operator, _operator_out):
+for _overload in (_operator, _operator_out, _operator_tiled):
     register_autocast(_overload, cast=("x", "weight", "residual"))

@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_what_is_done(small, tmp_path, monkeypatch, capsys):
     assert result["complete"] is False
     assert [video["path"] for video in result["videos"]] == videos[:1]
     assert capsys.readouterr().err.endswith("slowfast-ext predict: interrupted\n")
-    assert list(tmp_path.glob("*.tmp")) == []
+    assert list(tmp_path.glob("*.tmp*")) == []
 
 
 def test_scores_that_are_no_numbers_are_an_error_not_a_prediction(small, tmp_path, monkeypatch, capsys):
