@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from variants import WARM_UP_CALLS, Outcome, check_output, first_lines
 
 from slowfast_ext import ops, unavailable_reason
-from slowfast_ext.models import Bottleneck3d, ConvBNReLU3d, Lateral, SlowFastHead
+from slowfast_ext.models import Bottleneck3d, ConvBNReLU3d, Lateral, SlowFastHead, Stem
 
 IMPLEMENTATIONS = {
     "eager": "plain modules, channels_last_3d",
@@ -44,11 +43,12 @@ def part_of(model: nn.Module, work: Layer | Block) -> tuple[nn.Module, tuple[tor
     """The module that computes a layer or block of ``model`` (without its addition) and the shapes of its inputs."""
     module = model.get_submodule(work.name)
     if isinstance(work, Block):
-        if work.kind == "stem":
-            module = nn.Sequential(OrderedDict(conv1=module.conv1, maxpool=module.maxpool))
-        return module, work.layers[0].inputs
+        return module.conv1 if work.kind == "stem" else module, work.layers[0].inputs
     if isinstance(module, nn.Conv3d):
         module = model.get_submodule(work.name.rpartition(".")[0])
+        if isinstance(module, Stem):  # without its pooling, which is a layer by itself
+            conv = module.conv
+            module = ConvBNReLU3d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride).to("meta")
     return module, work.inputs + ((work.output,) if work.residual else ())
 
 
@@ -150,13 +150,13 @@ def _forwards(module: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> di
     """One forward in each implementation that this part has."""
     plain = copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last_3d)
     forwards = {"eager": partial(_plain, plain, *inputs)}
-    if isinstance(module, ConvBNReLU3d):
+    if isinstance(module, Stem):
+        forwards |= _stem(_Folded(module, dtype), module.maxpool, *inputs)
+    elif isinstance(module, ConvBNReLU3d):
         folded = _Folded(module, dtype)
         forwards |= {"cudnn": partial(folded.cudnn, *inputs), "conv3d_bn_relu": partial(folded.ours, *inputs)}
     elif isinstance(module, Lateral):
         forwards |= _lateral(_Folded(module, dtype), *inputs)
-    elif isinstance(module, nn.Sequential):
-        forwards |= _stem(_Folded(module.conv1, dtype), module.maxpool, *inputs)
     elif isinstance(module, Bottleneck3d):
         forwards |= _bottleneck(module, dtype, *inputs)
     elif isinstance(module, SlowFastHead) and has_operator("head"):

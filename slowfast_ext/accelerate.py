@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ._library import unavailable_reason
-from .models.resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral
-from .nn import FusedBasicBlock3d, FusedBlock, FusedBottleneck3d, FusedConvBNReLU3d, FusedLateral
+from .models import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, SlowFastBackbone, SlowFastHead, Stem
+from .nn import (
+    FusedBasicBlock3d,
+    FusedBlock,
+    FusedBottleneck3d,
+    FusedConvBNReLU3d,
+    FusedHead,
+    FusedLateral,
+    FusedSequential,
+    FusedSlowFastBackbone,
+    FusedStem,
+    FusedTraced,
+)
 from .nn.block import TWINS
+from .nn.conv import convolution_reason
+from .nn.tracing import NOTHING_FOLLOWS
 
 TWINS.update(
     {
@@ -20,6 +33,9 @@ TWINS.update(
         Bottleneck3d: FusedBottleneck3d,
         ConvBNReLU3d: FusedConvBNReLU3d,
         Lateral: FusedLateral,
+        SlowFastBackbone: FusedSlowFastBackbone,
+        SlowFastHead: FusedHead,
+        Stem: FusedStem,
     }
 )
 
@@ -36,6 +52,8 @@ class Row:
         block: class of the plain block.
         twin: class of the twin in its place, None where the block was kept.
         reason: why the block was kept, or why the twin's last forward was the plain block's; None if neither.
+        layer_by_layer: why the twin's last fused forward was not one operator for the whole block, where there is one
+            for such blocks; None otherwise.
         served_by: what runs the operators on the twin's device, "CUDA kernels" or "PyTorch: <reason>"; None if kept.
         called: whether the twin has run; forwards under torch.compile are not counted.
     """
@@ -44,6 +62,7 @@ class Row:
     block: str
     twin: str | None = None
     reason: str | None = None
+    layer_by_layer: str | None = None
     served_by: str | None = None
     called: bool = False
 
@@ -53,6 +72,8 @@ class Row:
             return f"kept: {self.reason}"
         if self.reason is not None:
             return f"{self.twin}, last forward plain: {self.reason}"
+        if self.layer_by_layer is not None:
+            return f"{self.twin}, layer by layer: {self.layer_by_layer}"
         return self.twin if self.called else f"{self.twin}, no forward yet"
 
 
@@ -77,7 +98,7 @@ class Report:
         return "\n".join(lines)
 
 
-_NO_CANDIDATE = f"the model has no block that can be fused, which are {', '.join(block.__name__ for block in TWINS)}"
+_NO_CANDIDATE = "the model has no 3-D convolution, and no block of slowfast_ext.models"
 
 
 def accelerate(
@@ -92,10 +113,15 @@ def accelerate(
     concerned. In evaluation mode without gradients of parameters it computes the block's result with the batch norms
     folded; otherwise it runs the block's own forward. Changed weights are noticed, except those edited through
     ``parameter.data``, which torch does not tell. The outermost block that can be fused is replaced; inside one that is
-    kept the search goes on. Accelerating again changes nothing that is fused.
+    kept the search goes on, as it does inside the backbone, whose twin joins those of its blocks. Accelerating again
+    changes nothing that is fused.
+
+    Blocks are those of :mod:`slowfast_ext.models`, and modules of any class in whose forward :mod:`torch.fx` finds
+    convolutions with a batch norm, an addition or a ReLU after them. A convolution outside of blocks is kept and has
+    its reason.
 
     Args:
-        model: any module that contains blocks of :mod:`slowfast_ext.models`.
+        model: any module.
         mode: "inference"; "training" is refused: there is no fused operator for the statistics of a batch.
         where: called with name and module of each candidate; where it returns false, the candidate is kept.
         strict: raise, before anything is replaced, if a candidate that ``where`` admits cannot be fused, or if there
@@ -137,7 +163,7 @@ def accelerate(
         for _, module, reason, wanted in candidates
         if wanted and reason is None and not isinstance(module, FusedBlock)
     ]
-    return _swap(model, {module: TWINS[type(module)](module) for module in plain})
+    return _swap(model, {module: _fuse(module) for module in plain})
 
 
 def explain(model: nn.Module) -> Report:
@@ -150,7 +176,8 @@ def explain(model: nn.Module) -> Report:
         elif reason is not None:
             rows.append(Row(name, type(module).__name__, reason=reason))
         elif left_out is None or not name.startswith(left_out):  # else the block around it has the row
-            left_out = f"{name}." if name else ""
+            if not (twin := _twin_class(module)) or not twin.nested:
+                left_out = f"{name}." if name else ""
             rows.append(Row(name, type(module).__name__, reason=NOT_ACCELERATED))
     return Report(tuple(rows))
 
@@ -170,24 +197,84 @@ def _check_module(function: str, model: object) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+@dataclass(frozen=True)
+class _Around:
+    """What is known of a convolution from the modules around it.
+
+    Attributes:
+        has_row: whether the row of a block stands for it.
+        reason: why the module around it is kept, or that nothing follows it.
+        reasons: for convolutions by their names in the model, as found by the outermost module that was recorded.
+    """
+
+    has_row: bool = False
+    reason: str = NOTHING_FOLLOWS
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
 def _find(
-    module: nn.Module, where: Callable[[str, nn.Module], bool], name: str = ""
+    module: nn.Module, where: Callable[[str, nn.Module], bool], name: str = "", around: _Around = _Around()
 ) -> Iterator[tuple[str, nn.Module, str | None, bool]]:
     """Twins and candidates, depth first: name, module, the reason against fusing it, and whether that is wanted.
 
-    Does not look into what is fused or will be.
+    Looks into what is fused or will be only where that calls other candidates. A convolution that belongs to no block
+    has a row of its own.
     """
+
+    def full(key: str) -> str:
+        return f"{name}.{key}" if name else key
+
+    def kept(plain: Mapping[str, str]) -> Iterator[tuple[str, nn.Module, str, bool]]:
+        for key, reason in plain.items():
+            conv = module.get_submodule(key)
+            yield full(key), conv, reason, bool(where(full(key), conv))
+
+    inner = [key for key, _ in module.named_children()]
     if isinstance(module, FusedBlock):
         yield name, module, None, True
-        return
-    twin = next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
-    if twin is not None:
+        if isinstance(module, FusedTraced):
+            yield from kept(module.program.plain)
+            inner = module.program.nested
+        elif not module.nested:
+            return
+    elif (twin := _twin_class(module)) is not None:
         reason, wanted = twin.reason_against(module), bool(where(name, module))
         yield name, module, reason, wanted
-        if wanted and reason is None:
+        if wanted and reason is None and not twin.nested:
             return
-    for key, child in module.named_children():
-        yield from _find(child, where, f"{name}.{key}" if name else key)
+        around = _Around(has_row=True)
+    elif isinstance(module, nn.Conv3d):
+        if not around.has_row:
+            reason = around.reasons.get(name) or convolution_reason(module, None, type(module)) or around.reason
+            yield name, module, reason, bool(where(name, module))
+        return
+    elif any(isinstance(child, nn.Conv3d) for child in module.modules()):
+        program, reason, plain = FusedTraced.examine(module)
+        if program is not None:
+            wanted = bool(where(name, module))
+            yield name, module, reason, wanted
+            if reason is None and not around.has_row:
+                yield from kept(plain)
+            if reason is None and wanted:
+                inner = program.nested
+            elif reason is None:
+                around = _Around(has_row=True)
+        if not around.has_row:
+            reasons = {**{full(key): value for key, value in plain.items()}, **around.reasons}
+            reason = NOTHING_FOLLOWS if reason is None else f"{type(module).__name__} around it is kept: {reason}"
+            around = _Around(reason=reason, reasons=reasons)
+    for key in inner:
+        yield from _find(module.get_submodule(key), where, full(key), around)
+
+
+def _fuse(module: nn.Module) -> FusedBlock:
+    traced = FusedSequential if isinstance(module, nn.Sequential) else FusedTraced
+    return TWINS.get(type(module), traced)(module)
+
+
+def _twin_class(module: nn.Module) -> type[FusedBlock] | None:
+    """The twin of the module's class or, for want of one, of a class it derives from."""
+    return next((TWINS[base] for base in type(module).__mro__ if base in TWINS), None)
 
 
 def _fused_row(name: str, twin: FusedBlock) -> Row:
@@ -196,7 +283,9 @@ def _fused_row(name: str, twin: FusedBlock) -> Row:
     served_by = "CUDA kernels" if unavailable is None else f"PyTorch: {unavailable}"
     last = twin.last_forward
     reason = None if last in (None, "fused") else last
-    return Row(name, type(twin.plain).__name__, type(twin).__name__, reason, served_by, last is not None)
+    layer_by_layer = twin.layer_by_layer if last == "fused" else None
+    classes = (type(twin.plain).__name__, type(twin).__name__)
+    return Row(name, *classes, reason, layer_by_layer, served_by, last is not None)
 
 
 def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -12,8 +12,16 @@ from torch.testing import assert_close
 
 import slowfast_ext
 from slowfast_ext import accelerate, explain, models, restore
-from slowfast_ext.models import Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway
-from slowfast_ext.nn import FusedBlock, FusedBottleneck3d, FusedConvBNReLU3d, FusedLateral
+from slowfast_ext.models import Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway, Stem
+from slowfast_ext.nn import (
+    FusedBlock,
+    FusedBottleneck3d,
+    FusedConvBNReLU3d,
+    FusedHead,
+    FusedLateral,
+    FusedSlowFastBackbone,
+    FusedStem,
+)
 
 # The zoo by what is built; configurations also differ in training, sampling and classes.
 NETWORKS = {}
@@ -66,9 +74,11 @@ def test_the_outermost_blocks_are_replaced():
     model = accelerate(small_model(), strict=True)
     classes = [type(module) for module in twins(model).values()]
     assert classes.count(FusedBottleneck3d) == 32
-    assert classes.count(FusedConvBNReLU3d) == 2  # the stems; those inside the bottlenecks are theirs
+    assert classes.count(FusedStem) == 2
     assert classes.count(FusedLateral) == 4
-    assert len(classes) == 38
+    assert classes.count(FusedConvBNReLU3d) == 0  # those inside the blocks are theirs
+    assert classes.count(FusedSlowFastBackbone) == classes.count(FusedHead) == 1
+    assert len(classes) == 40
 
 
 def test_keys_parameters_and_buffers_are_untouched():
@@ -146,9 +156,9 @@ def test_restore_keeps_what_was_done_to_the_twins():
     stem.bn = None
     restore(model)
     plain = model.backbone.fast_path.conv1
-    assert type(plain) is ConvBNReLU3d
+    assert type(plain) is Stem
     assert (plain.relu, plain.note, plain.bn, plain._is_full_backward_hook) == (False, "kept", None, True)
-    assert not set(plain.__dict__) & {"plain", "folded", "last_forward"}
+    assert not set(plain.__dict__) & {"plain", "folded", "last_forward", "layer_by_layer"}
 
 
 def test_restore_of_a_plain_model_changes_nothing():
@@ -200,7 +210,7 @@ def test_where_chooses_by_name_and_module():
     laterals = {"backbone.slow_path." + name for name in ResNet3dPathway.LATERAL_NAMES}
     assert set(twins(model)) == laterals | {f"backbone.fast_path.layer1.{block}" for block in range(3)}
     report = explain(model)
-    assert len(report.rows) == 38
+    assert len(report.rows) == 40
     assert {row.reason for row in report.kept} == {"not accelerated: where left it out, or accelerate() was not called"}
 
 
@@ -228,7 +238,7 @@ def with_an_obstacle():
 
 def test_kept_blocks_are_reported_in_one_warning_and_searched_for_inner_blocks():
     model = with_an_obstacle()
-    with pytest.warns(UserWarning, match=r"3 of 44 candidates are kept, most often \(1\) because") as caught:
+    with pytest.warns(UserWarning, match=r"3 of 46 candidates are kept, most often \(1\) because") as caught:
         accelerate(model)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -254,28 +264,27 @@ def test_strict_raises_all_reasons_and_replaces_nothing():
 def test_strict_does_not_count_what_where_leaves_out():
     obstacles = ("backbone.slow_path.layer2.1", "backbone.slow_path.layer3.1")
     model = accelerate(with_an_obstacle(), where=lambda name, module: not name.startswith(obstacles), strict=True)
-    assert len(twins(model)) == 36
+    assert len(twins(model)) == 38
 
 
 def test_a_model_without_candidates_is_said_to_have_none():
-    model = nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8))
-    with pytest.warns(
-        UserWarning, match="accelerate: the model has no block that can be fused, which are BasicBlock3d"
-    ):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    none = "the model has no 3-D convolution, and no block of slowfast_ext.models"
+    with pytest.warns(UserWarning, match=f"accelerate: {none}"):
         assert accelerate(model) is model
-    with pytest.raises(RuntimeError, match="got none: the model has no block that can be fused"):
+    with pytest.raises(RuntimeError, match=f"got none: {none}"):
         accelerate(model, strict=True)
-    assert str(explain(model)).startswith("no candidates: the model has no block that can be fused")
+    assert str(explain(model)) == f"no candidates: {none}"
 
 
 def test_explain_tells_what_the_last_forward_did():
     model = small_model()
     assert "kept: not accelerated" in str(explain(model))
-    assert str(explain(model)).endswith("0 of 38 candidates fused")
+    assert str(explain(model)).endswith("0 of 40 candidates fused")
     accelerate(model)
     text = str(explain(model))
     assert "FusedLateral, no forward yet" in text
-    assert "38 of 38 candidates fused" in text
+    assert "40 of 40 candidates fused" in text
     assert text.endswith("operators run in PyTorch: the kernels are CUDA-only, the tensors are on cpu")
     model(small_clip())
     assert "FusedLateral, last forward plain: gradients of its parameters are recorded" in str(explain(model))
@@ -284,7 +293,7 @@ def test_explain_tells_what_the_last_forward_did():
     assert "no forward yet" not in str(explain(model))
     assert "last forward plain" not in str(explain(model))
     model.train()(torch.cat([small_clip(), small_clip()]))
-    assert str(explain(model)).count("last forward plain: it is in training mode") == 38
+    assert str(explain(model)).count("last forward plain: it is in training mode") == 40
 
 
 def test_a_saved_state_loads_into_a_plain_model(tmp_path):
@@ -307,7 +316,7 @@ def test_a_deep_copy_of_an_accelerated_model_can_be_restored_by_itself():
         assert_close(other(clip), expected, rtol=0, atol=0)
         restore(other)
         assert not twins(other)
-        assert len(twins(model)) == 22
+        assert len(twins(model)) == 24
         assert_close(other(clip), expected, **block_tolerance(other, torch.float32, expected))
     plain = {id(module) for twin in twins(model).values() for module in (twin.plain, *twin.modules())}
     assert not plain & {id(module) for module in other.modules()}

@@ -7,6 +7,7 @@ from .frame_folders import FrameFolder, check_filename_template
 from .loading import ClipLoader, Failure, build_loader
 from .samplers import EpochSampler
 from .sampling import ClipSampling, centred_offsets, clip_indices, even_clip_indices, random_offsets
+from .streams import Capture, FrameRing, StreamWindows, Window
 from .transforms import (
     SpatialTransform,
     center_crop,
@@ -22,6 +23,7 @@ from .workers import TaskFailure, WorkerPool
 
 __all__ = [
     "DECODERS",
+    "Capture",
     "ClipDataset",
     "ClipLoader",
     "ClipSampling",
@@ -29,15 +31,18 @@ __all__ = [
     "EpochSampler",
     "Failure",
     "FrameFolder",
+    "FrameRing",
     "RawFrameDataset",
     "Sample",
     "SpatialTransform",
+    "StreamWindows",
     "TaskFailure",
     "Video",
     "VideoDataset",
     "VideoError",
     "VideoViews",
     "ViewPlan",
+    "Window",
     "WorkerPool",
     "build_loader",
     "center_crop",

@@ -1,4 +1,4 @@
-"""Evaluation: what scores are worth."""
+"""Trained networks at work: views of videos to probabilities and features, what these are worth, and files for them."""
 
 from .metrics import evaluate, mean_class_accuracy, top_k_accuracy
 

@@ -4,7 +4,7 @@ from .config import IMAGENET, UNIFORM, Normalization, PathwayConfig, SlowFastCon
 from .head import SlowFastHead
 from .inflate import InflationReport, inflate_from_2d
 from .recognizer import SlowFastRecognizer
-from .resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway
+from .resnet3d import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, ResNet3dPathway, Stem
 from .slowfast import SlowFastBackbone
 from .zoo import ZOO, ZooRow, build_model, get_config, list_models
 
@@ -24,6 +24,7 @@ __all__ = [
     "SlowFastConfig",
     "SlowFastHead",
     "SlowFastRecognizer",
+    "Stem",
     "ZooRow",
     "build_model",
     "fast_pathway",

@@ -47,6 +47,18 @@ class ConvBNReLU3d(nn.Module):
         return f"relu={self.relu}"
 
 
+class Stem(ConvBNReLU3d):
+    """``maxpool(relu(bn(conv(x))))``: the first layer of a pathway, a ``(t, 7, 7)`` convolution and its pooling."""
+
+    def __init__(self, out_channels: int, temporal_kernel: int):
+        super().__init__(3, out_channels, (temporal_kernel, 7, 7), (1, 2, 2))
+        self.maxpool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[N, 3, T, H, W] -> Tensor[N, out_channels, T, H / 4, W / 4], sizes rounded up."""
+        return self.maxpool(ConvBNReLU3d.forward(self, x))  # not super(): a fused twin is no subclass and calls this
+
+
 class BasicBlock3d(nn.Module):
     """Two ``(t, 3, 3)`` convolutions and a shortcut: ``relu(conv2(conv1(x)) + shortcut(x))``. Depths 18 and 34."""
 
@@ -130,7 +142,7 @@ class Lateral(nn.Module):
 
 
 class ResNet3dPathway(nn.Module):
-    """Stem, stem pool and four residual stages; :class:`~slowfast_ext.models.SlowFastBackbone` drives two of them.
+    """Stem and four residual stages; :class:`~slowfast_ext.models.SlowFastBackbone` drives two of them.
 
     Args:
         config: depth, widths and temporal kernels.
@@ -142,8 +154,7 @@ class ResNet3dPathway(nn.Module):
     def __init__(self, config: PathwayConfig, laterals: Sequence[Lateral] = ()):
         super().__init__()
         self.config = config
-        self.conv1 = ConvBNReLU3d(3, config.base_channels, (config.stem_temporal_kernel, 7, 7), (1, 2, 2))
-        self.maxpool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.conv1 = Stem(config.base_channels, config.stem_temporal_kernel)
         block = BasicBlock3d if config.expansion == 1 else Bottleneck3d
         for stage, kernels in enumerate(config.temporal_kernels):
             in_channels = config.channels[stage] + (laterals[stage].conv.out_channels if laterals else 0)
@@ -153,10 +164,6 @@ class ResNet3dPathway(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         for name, lateral in zip(self.LATERAL_NAMES, laterals, strict=False):
             self.add_module(name, lateral)
-
-    def stem(self, x: Tensor) -> Tensor:
-        """Tensor[N, 3, T, H, W] -> Tensor[N, base_channels, T, H / 4, W / 4]."""
-        return self.maxpool(self.conv1(x))
 
     @property
     def stages(self) -> list[nn.Sequential]:

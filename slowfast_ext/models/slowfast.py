@@ -59,7 +59,7 @@ class SlowFastBackbone(nn.Module):
         """
         self.check_clip(clip)
         slow, fast = self.split(clip)
-        slow, fast = self.slow_path.stem(slow), self.fast_path.stem(fast)
+        slow, fast = self.slow_path.conv1(slow), self.fast_path.conv1(fast)
         for lateral, slow_stage, fast_stage in zip(
             self.slow_path.laterals, self.slow_path.stages, self.fast_path.stages, strict=True
         ):

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .block import FusedBlock, compute_dtype
+from .block import compute_dtype
+from .conv import FusedConvolutions
 
 
-class FusedLateral(FusedBlock):
+class FusedLateral(FusedConvolutions):
     """Twin of ``cat([slow, relu(bn(conv(fast)))], 1)``: one operator call writes both parts of the result.
 
     Args:
@@ -28,10 +29,23 @@ class FusedLateral(FusedBlock):
             return f"conv has kernel {conv.kernel_size}, stride {conv.stride} and padding {conv.padding}"
         return None
 
-    def fused_forward(self, slow: Tensor, fast: Tensor) -> Tensor:
-        """Tensor[N, Cs, T, H, W], Tensor[N, Cf, T', H, W] -> Tensor[N, Cs + K, T, H, W]."""
+    def room(self, slow_channels: int, fast: Tensor) -> Tensor:
+        """Uninitialised memory for the result Tensor[N, slow_channels + K, T, H, W] with these fast features."""
+        frames = (fast.shape[2] - 1) // self.conv.stride[0] + 1
+        shape = (fast.shape[0], slow_channels + self.conv.out_channels, frames, *fast.shape[3:])
         dtype = compute_dtype(self.conv.weight)
-        if slow.dtype != dtype:  # a concatenation would be in the wider dtype
+        return torch.empty(shape, dtype=dtype, device=fast.device, memory_format=torch.channels_last_3d)
+
+    def fused_forward(self, slow: Tensor, fast: Tensor, out: Tensor | None = None) -> Tensor:
+        """Tensor[N, Cs, T, H, W], Tensor[N, Cf, T', H, W] -> Tensor[N, Cs + K, T, H, W].
+
+        ``out`` is of this shape, and ``slow`` its first channels, already in place.
+        """
+        if slow.dtype != compute_dtype(self.conv.weight):  # a concatenation would be in the wider dtype
             return torch.cat([slow, self._convolve("", fast)], 1)
-        weight, bias = self.folded[""].get(self.conv, self.bn, dtype)
-        return ops.lateral_fuse(slow, fast, weight, bias, stride=self.conv.stride[0], relu=self.relu)
+        weight, bias = self._folded("")
+        convolution = {"stride": self.conv.stride[0], "relu": self.relu}
+        if out is None:
+            return ops.lateral_fuse(slow, fast, weight, bias, **convolution)
+        ops.lateral_fuse_into(fast, weight, bias, **convolution, out=out[:, slow.shape[1] :])
+        return out

@@ -102,20 +102,21 @@ def fold_batch_norm(
     return weight * scale.view(-1, 1, 1, 1, 1), shift
 
 
-_check = partial(check, "conv3d_bn_relu")
+def convolution_shape(operator: str, x, weight, bias, stride, padding, *, suffix: str = "") -> list[int]:
+    """The shape of a convolution's result; checks what the CUDA kernels check too, with the same words.
 
-
-def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
-    """The shape of the result; checks what the CUDA kernels check too, with the same words."""
+    ``suffix`` is what the operator's names of all arguments but x end in.
+    """
+    _check = partial(check, operator)
     _check(x.dim() == 5, "x", "(N, C, T, H, W)", tuple(x.shape))
     _check(
         weight.dim() == 5 and weight.shape[1] == x.shape[1] and min(weight.shape[:2]) > 0,
-        "weight",
+        f"weight{suffix}",
         f"(K, {x.shape[1]}, kernel_t, kernel_h, kernel_w)",
         tuple(weight.shape),
     )
-    _check(len(stride) == 3 and min(stride) > 0, "stride", "three positive integers", tuple(stride))
-    _check(len(padding) == 3 and min(padding) >= 0, "padding", "three integers of at least 0", tuple(padding))
+    _check(len(stride) == 3 and min(stride) > 0, f"stride{suffix}", "three positive integers", tuple(stride))
+    _check(len(padding) == 3 and min(padding) >= 0, f"padding{suffix}", "three integers of at least 0", tuple(padding))
     shape = [x.shape[0], weight.shape[0]]
     for size, kernel, step, pad, dimension in zip(
         x.shape[2:], weight.shape[2:], stride, padding, (2, 3, 4), strict=True
@@ -124,22 +125,28 @@ def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
         torch._check(
             kernel > 0 and padded >= kernel,
             lambda kernel=kernel, padded=padded, dimension=dimension: (
-                "conv3d_bn_relu: the kernel must fit into the padded input, "
+                f"{operator}: weight{suffix}'s kernel must fit into the padded input, "
                 f"got kernel {kernel} for {padded} elements in dimension {dimension}"
             ),
         )
         shape.append((padded - kernel) // step + 1)
     _check(x.is_floating_point(), "x", "floating point", x.dtype)
-    for name, tensor in (("weight", weight), ("residual", residual)):
-        if tensor is not None:
-            _check(tensor.device == x.device, name, f"on the device of x, {x.device}", tensor.device)
-            _check(tensor.dtype == x.dtype, name, f"in the dtype of x, {x.dtype}", tensor.dtype)
-    if residual is not None:
-        _check(tuple(residual.shape) == tuple(shape), "residual", tuple(shape), tuple(residual.shape))
+    _check(weight.device == x.device, f"weight{suffix}", f"on the device of x, {x.device}", weight.device)
+    _check(weight.dtype == x.dtype, f"weight{suffix}", f"in the dtype of x, {x.dtype}", weight.dtype)
     if bias is not None:
-        _check(bias.dtype == accumulator_dtype(x), "bias", accumulator_dtype(x), bias.dtype)
-        _check(bias.device == x.device, "bias", f"on the device of x, {x.device}", bias.device)
-        _check(tuple(bias.shape) == (weight.shape[0],), "bias", f"({weight.shape[0]},)", tuple(bias.shape))
+        _check(bias.dtype == accumulator_dtype(x), f"bias{suffix}", accumulator_dtype(x), bias.dtype)
+        _check(bias.device == x.device, f"bias{suffix}", f"on the device of x, {x.device}", bias.device)
+        _check(tuple(bias.shape) == (weight.shape[0],), f"bias{suffix}", f"({weight.shape[0]},)", tuple(bias.shape))
+    return shape
+
+
+def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
+    shape = convolution_shape("conv3d_bn_relu", x, weight, bias, stride, padding)
+    if residual is not None:
+        _check = partial(check, "conv3d_bn_relu", argument="residual")
+        _check(residual.device == x.device, expected=f"on the device of x, {x.device}", actual=residual.device)
+        _check(residual.dtype == x.dtype, expected=f"in the dtype of x, {x.dtype}", actual=residual.dtype)
+        _check(tuple(residual.shape) == tuple(shape), expected=tuple(shape), actual=tuple(residual.shape))
     return shape
 
 
@@ -156,19 +163,34 @@ def conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu, a
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
-    """Float32 goes to oneDNN with the epilogue as its post-ops, through the operators that torch's own compiler uses.
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
-    ``F.conv3d`` takes a path without oneDNN for N * C * T * H <= 20480, which is up to 20 times slower.
+
+def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> Tensor:
+    """To oneDNN where it has the dtype, with the epilogue as its post-ops, as torch's own compiler calls it.
+
+    ``F.conv3d`` takes a path without oneDNN for N * C * T * H <= 20480, which is up to 20 times slower. In 16 bits
+    oneDNN's own ReLU makes zeros of NaN, and its addition wants the bias in 16 bits: these two are torch's.
     """
     shape = _output_shape(x, weight, bias, residual, stride, padding)
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not _onednn_computes(x.dtype):
         return conv3d_bn_relu_reference(x, weight, bias, residual, stride, padding, relu)
     if 0 in shape:
         return x.new_empty(shape).to(memory_format=torch.channels_last_3d)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     convolution = (weight, bias, padding, stride, (1, 1, 1), 1)
-    if residual is None:
+    if x.dtype != torch.float32:
+        y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "none", [], "")
+        y = y if residual is None else y.add_(residual)
+        y = y.relu_() if relu else y
+    elif residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "relu" if relu else "none", [], "")
     else:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
@@ -208,28 +230,25 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
+def convolution_gradients(grad, x, weight, stride, padding, bias_dtype, needs):
+    """Of x, weight and bias, each None unless needed, from the gradient of the sum before the ReLU."""
+    needs_x, needs_weight, needs_bias = needs
+    grad_x = grad_weight = None
+    if needs_x or needs_weight:
+        geometry = (stride, padding, [1, 1, 1], False, [0, 0, 0], 1)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry, [needs_x, needs_weight, False]
+        )
+    return grad_x, grad_weight, grad.sum((0, 2, 3, 4), dtype=bias_dtype) if needs_bias else None
+
+
 def _backward(ctx, grad):
     x, weight, y = ctx.saved_tensors
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    grad_x = grad_weight = None
-    if needs_x or needs_weight:
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            ctx.stride,
-            ctx.padding,
-            [1, 1, 1],
-            False,
-            [0, 0, 0],
-            1,
-            [needs_x, needs_weight, False],
-        )
-    grad_bias = grad.sum((0, 2, 3, 4), dtype=ctx.bias_dtype) if needs_bias else None
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None, None
+    *needs, needs_residual = ctx.needs_input_grad[:4]
+    gradients = convolution_gradients(grad, x, weight, ctx.stride, ctx.padding, ctx.bias_dtype, needs)
+    return *gradients, grad if needs_residual else None, None, None, None, None
 
 
 torch.library.register_autograd("slowfast_ext::conv3d_bn_relu", _backward, setup_context=_setup_context, lib=lib)

@@ -136,7 +136,8 @@ def _cpu_into(fast, weight, bias, stride, relu, allow_tf32, out) -> None:
 
 
 def _cpu(slow, fast, weight, bias, stride, relu, allow_tf32) -> Tensor:
-    y = _fake(slow, fast, weight, bias, stride, relu, allow_tf32)
+    shape = _output_shape(slow, fast, weight, bias, stride)
+    y = torch.empty(shape, dtype=fast.dtype, memory_format=torch.channels_last_3d)
     channels = slow.shape[1]
     y[:, :channels].copy_(slow)
     _cpu_into(fast, weight, bias, stride, relu, allow_tf32, y[:, channels:])

@@ -171,14 +171,28 @@ def stem_reference(x, weight, bias, frames, scale, shift) -> Tensor:
     return F.max_pool3d(y, *_POOLING).to(weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def _reference_into(x, weight, bias, frames, scale, shift, out) -> None:
-    shape = _output_shape(x, weight, bias, frames, scale, shift)
-    check_out("stem", weight, out, shape, name="weight")
-    out.copy_(stem_reference(x, weight, bias, frames, scale, shift))
+def _cpu(x, weight, bias, frames, scale, shift) -> Tensor:
+    """The convolution with what conv3d_bn_relu has for a CPU. Rounding before the pooling gives what it does after."""
+    _output_shape(x, weight, bias, frames, scale, shift)
+    if frames is not None:
+        _checked_indices(x, frames.tolist())
+    pixels, padding = _normalise(x, frames, scale, shift, weight.dtype), (weight.shape[2] // 2, 3, 3)
+    y = torch.ops.slowfast_ext.conv3d_bn_relu.default(pixels, weight, bias, None, _STRIDE, padding, True, False)
+    return F.max_pool3d(y, *_POOLING).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _into(implementation):
+    def into(x, weight, bias, frames, scale, shift, out) -> None:
+        check_out("stem", weight, out, _output_shape(x, weight, bias, frames, scale, shift), name="weight")
+        out.copy_(implementation(x, weight, bias, frames, scale, shift))
+
+    return into
 
 
 lib.impl("stem", stem_reference, "CompositeExplicitAutograd")
-lib.impl("stem.out", _reference_into, "CompositeExplicitAutograd")
+lib.impl("stem.out", _into(stem_reference), "CompositeExplicitAutograd")
+lib.impl("stem", _cpu, "CPU")
+lib.impl("stem.out", _into(_cpu), "CPU")
 
 
 @torch.library.register_fake("slowfast_ext::stem", lib=lib)

@@ -13,6 +13,7 @@ from slowfast_ext.models import (
     ConvBNReLU3d,
     Lateral,
     SlowFastHead,
+    Stem,
     build_model,
     fast_pathway,
     get_config,
@@ -97,10 +98,10 @@ class Operations:
             elif isinstance(module, nn.BatchNorm3d):
                 self.others += 2 * output.numel()
             elif isinstance(module, nn.MaxPool3d):
-                self.others += inputs[0].numel()
+                self.others += 2 * inputs[0].numel()  # and the stem's activation before it
             elif isinstance(module, BasicBlock3d | Bottleneck3d):
                 self.others += output.numel()  # the activation after the sum
-            elif isinstance(module, ConvBNReLU3d | Lateral) and module.relu:
+            elif isinstance(module, ConvBNReLU3d | Lateral) and not isinstance(module, Stem) and module.relu:
                 self.others += output.numel() if isinstance(module, ConvBNReLU3d) else output.numel() // 5
             elif isinstance(module, SlowFastHead):
                 self.others += sum(feature.numel() for feature in inputs[0])  # pooling
@@ -170,8 +171,8 @@ def test_shapes_along_the_network(name, slow_frames):
     slow, fast = model.backbone(torch.empty(1, 3, 32, 256, 256, device="meta"))
     assert (slow.shape[1:], fast.shape[1:]) == ((2048, slow_frames, 8, 8), (256, 32, 8, 8))
     for path, frames, width in (("slow_path", slow_frames, 64), ("fast_path", 32, 8)):
-        assert shapes[f"{path}.conv1"] == (width, frames, 128, 128)
-        assert shapes[f"{path}.maxpool"] == (width, frames, 64, 64)
+        assert shapes[f"{path}.conv1.conv"] == (width, frames, 128, 128)
+        assert shapes[f"{path}.conv1"] == (width, frames, 64, 64)
         for stage, side in enumerate((64, 32, 16, 8)):
             assert shapes[f"{path}.layer{stage + 1}"] == (width * 4 * 2**stage, frames, side, side)
     fused = [shapes[f"slow_path.{lateral}_lateral"] for lateral in ("conv1", "layer1", "layer2", "layer3")]
