@@ -110,6 +110,7 @@ class RunLog:
             self._logger.removeHandler(handler)
             handler.close()
         self._handlers = []
+        self._logger.propagate = True
         if self._json is not None:
             try:
                 self._json.close()

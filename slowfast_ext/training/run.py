@@ -109,11 +109,17 @@ def train(
         use_deterministic_algorithms()
     elif settings.cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
-    seed = choose_seed(options.seed, processes)
-    meta = _meta(config, name, settings, seed, work_dir)
+    checkpoints = CheckpointFolder(work_dir, settings.checkpoint.interval, settings.checkpoint.keep)
+    # Read by one process for all: the folder may be on its machine only, and damage must be judged once.
+    resumed, remarks = processes.from_main(_resumed(options.resume_from, checkpoints) if processes.is_main else None)
+    if options.seed is None and resumed is not None:
+        options = dataclasses.replace(options, seed=resumed["meta"]["seed"])
+    meta = _meta(config, name, settings, choose_seed(options.seed, processes), work_dir)
     log = RunLog(work_dir, processes, meta, settings.tensorboard)
     try:
-        stopped = _train(settings, options, metrics, source, processes, work_dir, seed, meta, log)
+        for remark in remarks:
+            log.warning(remark)
+        stopped = _train(settings, options, metrics, source, processes, checkpoints, resumed, meta, log)
     finally:
         log.close()
     processes.close()  # not after an error: the others may be waiting for this one, and it for them
@@ -134,17 +140,22 @@ def prepare_folder(folder: Path) -> None:
         raise type(error)(f"train: work_dir must be a writable folder, got '{folder}': {error.strerror}") from error
 
 
-def _train(settings, options, metrics, source, processes, work_dir, seed, meta, log) -> signal.Signals | None:
+def _train(
+    settings: TrainingSettings,
+    options: RunOptions,
+    metrics: Callable[[Tensor, Tensor, Sequence[str]], dict[str, float]],
+    source: DataSource,
+    processes: Processes,
+    checkpoints: CheckpointFolder,
+    resumed: dict[str, Any] | None,
+    meta: dict[str, Any],
+    log: RunLog,
+) -> signal.Signals | None:
+    seed, work_dir = meta["seed"], checkpoints.folder
     log.info(f"{processes.world_size} process(es) on {processes.device.type}, seed {seed}, work_dir {work_dir}")
     # The network and what is loaded into it are the same in all processes; afterwards their random numbers may differ.
     seed_everything(seed)
     model = build_model(settings.model.network)
-    checkpoints = CheckpointFolder(work_dir, settings.checkpoint.interval, settings.checkpoint.keep)
-    if processes.is_main:
-        checkpoints.remove_leftovers()
-    # Read by one process for all: the folder may be on its machine only, and damage must be judged once.
-    resumed = _resumed(options.resume_from, checkpoints, log) if processes.is_main else None
-    resumed = processes.from_main(resumed)
     if resumed is None:
         _load_weights(model, settings, options.load_from, log)
     model = model.to(processes.device)
@@ -158,10 +169,10 @@ def _train(settings, options, metrics, source, processes, work_dir, seed, meta, 
         frames = settings.train.clip.sampling.clip_len
         phases = long_cycle(multigrid, frames, settings.epochs, schedule.steps, schedule.gamma)
     batches = TrainingBatches(source, settings, processes, seed, phases)
+    for epoch in [phase.start for phase in phases if phase.start < phase.end] or [0]:
+        batches.count(epoch)
     precise_batches = _precise_batches(settings, source, processes, seed)
     validation = Validation(source, settings, processes) if options.validate else None
-    for epoch in [phase.start for phase in phases] or [0]:
-        batches.count(epoch)
 
     network = model
     if processes.control is not None:
@@ -199,7 +210,7 @@ def _train(settings, options, metrics, source, processes, work_dir, seed, meta, 
             for remark in trainer.load_state(resumed):
                 log.warning(remark)
             progress = trainer.progress
-            log.info(f"going on after epoch {progress.epoch}, iteration {progress.position} of the next")
+            log.info(f"resumed after epoch {progress.epoch}, iteration {progress.position} of the next")
         stopped = trainer.run()
     finally:
         for part in (batches, precise_batches, validation):
@@ -239,18 +250,17 @@ def _check(options: RunOptions, settings: TrainingSettings) -> None:
         require_matplotlib()
 
 
-def _resumed(resume_from: str | None, checkpoints: CheckpointFolder, log: RunLog) -> dict[str, Any] | None:
-    """The content of the checkpoint to go on from, or ``None`` for a new run."""
+def _resumed(resume_from: str | None, checkpoints: CheckpointFolder) -> tuple[dict[str, Any] | None, list[str]]:
+    """The content of the checkpoint to go on from, or ``None`` for a new run; and what to say of it."""
+    checkpoints.remove_leftovers()
     if resume_from is None:
-        return None
+        return None, []
     if resume_from != "auto":
-        log.info(f"resuming from {resume_from}")
-        return read_sound(Path(resume_from))
+        return read_sound(Path(resume_from)), []
     path, content, remarks = checkpoints.newest_sound()
-    for remark in remarks:
-        log.warning(remark)
-    log.info(f"resuming from {path}" if path else "no checkpoint to resume from: a new run")
-    return content
+    if remarks:
+        remarks.append(f"going back to {path}" if path else "no other checkpoint: a new run")
+    return content, remarks
 
 
 def _load_weights(model: nn.Module, settings: TrainingSettings, load_from: str | None, log: RunLog) -> None:

@@ -64,7 +64,7 @@ def _validations(work_dir):
 def _assert_same_weights(one, other):
     """Six updates in float32; sums over the batch run in another order."""
     for name, value in one["state_dict"].items():
-        torch.testing.assert_close(other["state_dict"][name], value, rtol=2e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_with_a_warning(
     text = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "WARNING - train: checkpoint" in text
     assert "epoch_2.pth' must be sound, got a truncated or damaged file" in text
-    assert f"resuming from {tmp_path / 'epoch_1.pth'}" in text
+    assert f"going back to {tmp_path / 'epoch_1.pth'}" in text
     assert "the configuration differs from that of the run that wrote the checkpoint" in text
     _final(tmp_path)
 
@@ -172,6 +172,33 @@ def test_a_checkpoint_of_another_network_is_not_resumed(tmp_path):
     config["model"]["cls_head"]["num_classes"] = 4
     with pytest.raises(ValueError, match="must be of the configuration's network, got another one; --load-from"):
         train(config, "small", RunOptions(str(tmp_path), resume_from="auto"), evaluate, SOURCE)
+
+
+def test_a_run_without_a_seed_goes_on_with_the_one_it_had(tmp_path):
+    options = RunOptions(str(tmp_path / "run"), resume_from="auto")
+    config = small_configuration(total_epochs=2)
+    train(config, "small", options, evaluate, SOURCE)
+    (tmp_path / "run" / "epoch_2.pth").rename(tmp_path / "expected.pth")
+    train(config, "small", options, evaluate, SOURCE)
+    expected, found = read_sound(tmp_path / "expected.pth"), read_sound(tmp_path / "run" / "epoch_2.pth")
+    assert found["meta"]["seed"] == expected["meta"]["seed"]
+    _assert_identical(expected["state_dict"], found["state_dict"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    options = RunOptions(str(tmp_path), seed=1, resume_from="auto")
+    train(small_configuration(total_epochs=1), "small", options, evaluate, SOURCE)
+    content = read_sound(tmp_path / "epoch_1.pth")
+    training = content["training"]
+    training["progress"].update(epoch=0, position=2, iteration=2)  # of two processes, which share an epoch
+    training["random_states"] *= 2
+    torch.save(content, tmp_path / "epoch_0_iter_2.pth")
+    (tmp_path / "epoch_1.pth").unlink()
+    train(small_configuration(total_epochs=1), "small", options, evaluate, SOURCE)
+    text = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "the checkpoint is of 2 processes, this run has 1: iterations are converted" in text
+    assert "resumed after epoch 0, iteration 4 of the next" in text
+    assert read_sound(tmp_path / "epoch_1.pth")["training"]["progress"]["iteration"] == 6
 
 
 def test_the_logs_of_a_resumed_run_go_on_where_it_was(tmp_path):
