@@ -53,6 +53,7 @@ CASES = {
     "basic_block": Case((1, 16, 3, 9, 9), Convolution(24, (1, 3, 3), (1, 2, 2), (0, 1, 1)), shortcut(24)),
     # What a network does not have, but a user may.
     "all_ones": Case((1, 1, 1, 1, 1), Convolution(1), Convolution(1)),
+    "gathered_by_thin_tiles": Case((1, 5, 2, 6, 7), in_time(6), Convolution(9, relu=False), tile="128x16"),
     "odd_channels": Case((1, 5, 3, 9, 11), Convolution(7, (3, 3, 3), (2, 2, 1), (1, 1, 1)), shortcut(33)),
     "odd_slices": Case((1, 16, 2, 7, 5), in_time(12, slice=(3, 4)), shortcut(20, slice=(8, 3))),
     "slices": Case((1, 32, 2, 9, 9), in_time(16, slice=(16, 8)), shortcut(64, slice=(0, 32))),
