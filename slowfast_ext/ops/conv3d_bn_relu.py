@@ -100,8 +100,8 @@ def fold_batch_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that equals convolution, then ``bn`` in evaluation mode.
 
-    ``weight * gamma / sqrt(var + eps)`` and ``(bias - mean) * gamma / sqrt(var + eps) + beta``, in float32 (float64 if
-    ``weight`` is), to be rounded once by the caller.
+    ``weight * gamma / sqrt(var + eps)`` and ``(bias - mean) * gamma / sqrt(var + eps) + beta``, computed in float64:
+    an error of the factor would be the same in all products of a channel, and add up.
 
     Args:
         weight (Tensor[K, C, kernel_t, kernel_h, kernel_w]): floating point.
@@ -109,20 +109,19 @@ def fold_batch_norm(
         bn: with running statistics; None folds nothing.
 
     Returns:
-        (Tensor[K, C, kernel_t, kernel_h, kernel_w], Tensor[K] or None)
+        (Tensor[K, C, kernel_t, kernel_h, kernel_w], Tensor[K] or None): float32 (float64 if ``weight`` is), to be
+        rounded once by the caller.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if bn is None:
-        return weight, bias
-    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
     if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)
-    shift = -bn.running_mean.to(dtype) if bias is None else bias - bn.running_mean.to(dtype)
-    shift = shift * scale
+        scale = scale * bn.weight.double()
+    shift = (-bn.running_mean.double() if bias is None else bias.double() - bn.running_mean.double()) * scale
     if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    return weight * scale.view(-1, 1, 1, 1, 1), shift
+        shift = shift + bn.bias.double()
+    return (weight.double() * scale.view(-1, 1, 1, 1, 1)).to(dtype), shift.to(dtype)
 
 
 def convolution_shape(operator: str, x, weight, bias, stride, padding, *, suffix: str = "") -> list[int]:
