@@ -9,7 +9,8 @@ from .. import ops
 from .block import FusedBlock, backend_reason, call_reason, compute_dtype, recording_reason
 from .conv import convolution_reason
 from .folding import FoldedWeights
-from .tracing import Call, Fused, Program, Untraceable, Value, find_program
+from .program import Call, Fused, Program, Value, find_program
+from .recording import Untraceable
 
 _SIMPLE = (bool, int, float, str, tuple)  # compared by value, all else by identity
 
@@ -134,7 +135,7 @@ class FusedTraced(FusedBlock):
                 values[index] = None
         return _fill(self.program.result, values)
 
-    def _fused(self, step: Fused, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _fused(self, step: Fused, x: Tensor, residual: object) -> Tensor:
         conv, bn = _child(self, step.conv), _child(self, step.bn)
         dtype = compute_dtype(conv.weight)
         if x.dim() == 5 and (residual is None or _fits(step, conv, x, residual, dtype)):
@@ -143,7 +144,9 @@ class FusedTraced(FusedBlock):
             return ops.conv3d_bn_relu(x, weight, bias, residual, **options)
         y = conv(x)
         y = y if bn is None else bn(y)
-        if residual is not None:
+        if step.in_place:
+            y += residual
+        elif residual is not None:
             y = residual + y if step.residual_first else y + residual
         return y.relu() if step.relu else y
 
@@ -184,8 +187,10 @@ class FusedSequential(FusedTraced, nn.Sequential):
         return self.plain[index]
 
 
-def _fits(step: Fused, conv: nn.Conv3d, x: Tensor, residual: Tensor, dtype: torch.dtype) -> bool:
+def _fits(step: Fused, conv: nn.Conv3d, x: Tensor, residual: object, dtype: torch.dtype) -> bool:
     """Whether the sum has neither broadcasting nor another dtype."""
+    if not isinstance(residual, Tensor):
+        return False
     sizes = [
         (size + 2 * pad - kernel) // stride + 1
         for size, pad, kernel, stride in zip(x.shape[2:], step.padding, conv.kernel_size, step.stride, strict=True)

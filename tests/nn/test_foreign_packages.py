@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from slowfast_ext import accelerate, explain, restore
 from slowfast_ext.nn import FusedTraced
-from slowfast_ext.nn.tracing import Fused
+from slowfast_ext.nn.program import Fused
 
 _definitions = torch.library.Library("torchvision", "FRAGMENT")
 
