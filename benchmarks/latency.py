@@ -1,6 +1,7 @@
 """How long a SlowFast network takes: plain PyTorch in its best forms, and slowfast_ext.
 
     python benchmarks/latency.py
+    python benchmarks/latency.py --dtype float32,bfloat16
     python benchmarks/latency.py --device cuda --dtype bfloat16 --json latency.json --plot latency.png
 
 Every variant runs the same weights on the same clips under inference_mode. Its logits are compared with eager float32
@@ -21,13 +22,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from isolated import Isolated
 from report import describe_environment, environment_line, format_table, plot_bars, write_json
-from roofline import Ceilings, Layer, count_layers, measure_ceilings
+from roofline import Layer, count_layers, floor_milliseconds
 from timing import Summary, shuffled_rounds, time_once
 from tqdm import tqdm
 from variants import VARIANTS, Outcome, create_network, prepare, reference_output, tolerance
 
 import slowfast_ext
+from slowfast_ext.engine import Ceilings, measure_ceilings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_CROP = 32  # one position of the last feature map
@@ -43,7 +46,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="slowfast_r50_4x16x1_256e_kinetics400_rgb", metavar="NAME", help="zoo name")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and clips (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help=f"of the arithmetic, one or more with commas between, of: {', '.join(DTYPES)} (default: float32)",
+    )
     parser.add_argument("--batch", type=int, help="clips a call (default: 1 on a CPU, one video's views on a GPU)")
     parser.add_argument("--crop", type=int, help="side of the clips in pixels (default: the model's test crop)")
     parser.add_argument("--views", type=int, help="clips a video, for videos/s (default: the model's test views)")
@@ -70,7 +77,13 @@ def check_options(options: argparse.Namespace) -> None:
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.device = check_device(options.device)
+    options.dtypes = list(dict.fromkeys(name.strip() for name in options.dtype.split(",")))
+    for name in options.dtypes:
+        if name not in DTYPES:
+            raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got {name!r}")
     check_workload(options, SECONDS)
+    for name in options.dtypes:
+        check_dtype(name, options.device)
     options.variants = choose_variants(options)
     check_folders(options, "json", "plot")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -100,8 +113,6 @@ def check_workload(options: argparse.Namespace, seconds: dict[str, float]) -> No
         options.seconds = seconds.get(kind)
     elif not options.seconds > 0:
         raise ValueError(f"--seconds must be positive, got {options.seconds}")
-    if kind != "meta":
-        check_dtype(options.dtype, options.device)
 
 
 def check_folders(options: argparse.Namespace, *names: str) -> None:
@@ -153,28 +164,36 @@ def check_dtype(name: str, device: torch.device) -> None:
         )
 
 
-def choose_variants(options: argparse.Namespace) -> list[str]:
+def choose_variants(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """What is run: names of variants, each with a type."""
     if options.variants is None:
         names = [name for name, variant in VARIANTS.items() if options.device.type in variant.default_on]
-        if options.dtype == "float32":
+        if importlib.util.find_spec("openvino") is None:
+            names = [name for name in names if name not in ("openvino", "engine_torch_alone")]
+        if options.dtypes == ["float32"]:
             names.remove("autocast_channels_last")
     else:
         names = list(dict.fromkeys(name.strip() for name in options.variants.split(",")))
         for name in names:
             if name not in VARIANTS:
                 raise ValueError(f"--variants must be of {', '.join(VARIANTS)}, got {name!r}")
-            if VARIANTS[name].autocast and options.dtype == "float32":
+            if VARIANTS[name].autocast and options.dtypes == ["float32"]:
                 raise ValueError(f"--variants must suit --dtype: {name} needs bfloat16 or float16, got float32")
     if options.no_compile:
         names = [name for name in names if VARIANTS[name].compile is None]
         if not names:
             raise ValueError("--variants must name one without torch.compile where --no-compile is given, got none")
-    return names
+    return [
+        (name, dtype)
+        for dtype in options.dtypes
+        for name in names
+        if not (VARIANTS[name].autocast and dtype == "float32")
+    ]
 
 
 def measure(options: argparse.Namespace) -> dict:
     """Prepare, check and time the variants; returns the document that ``--json`` writes."""
-    device, dtype = options.device, DTYPES[options.dtype]
+    device = options.device
     began = datetime.now(timezone.utc)
     start = time.perf_counter()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -184,29 +203,35 @@ def measure(options: argparse.Namespace) -> dict:
     shape = (options.batch, 3, model.config.clip_len, options.crop, options.crop)
     clip = torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
-    with torch.device("meta"):
-        layers = count_layers(slowfast_ext.create_model(options.model).eval(), torch.empty(shape, dtype=dtype))
-    ceilings = None
-    if device.type == "cuda":
-        progress("measuring the ceilings of the device: a matrix product and a copy")
-        ceilings = measure_ceilings(device, dtype)
-        torch.cuda.empty_cache()
+    layers, ceilings = {}, {}
+    for dtype in options.dtypes:
+        with torch.device("meta"):
+            meta_clip = torch.empty(shape, dtype=DTYPES[dtype])
+            layers[dtype] = count_layers(slowfast_ext.create_model(options.model).eval(), meta_clip)
+        ceilings[dtype] = None
+        if device.type == "cuda":
+            progress(f"measuring the ceilings of the device in {dtype}: a matrix product and a copy")
+            ceilings[dtype] = measure_ceilings(device, DTYPES[dtype])
+            torch.cuda.empty_cache()
 
     progress("eager float32: the reference")
     reference = reference_output(model, clip, device)
     outcomes = {}
-    for name in options.variants:
-        outcome = outcomes[name] = prepare(VARIANTS[name], model, clip, reference, dtype, device)
-        progress(f"{name}: {outcome.reason or f'correct, ready after {outcome.prepare_seconds:.1f} s'}")
-    calls = {name: outcome.call for name, outcome in outcomes.items() if outcome.status == "ready"}
+    for name, dtype in options.variants:
+        outcome = outcomes[name, dtype] = prepare(VARIANTS[name], model, clip, reference, DTYPES[dtype], device)
+        progress(f"{name} in {dtype}: {outcome.reason or f'correct, ready after {outcome.prepare_seconds:.1f} s'}")
+    calls = {key: outcome.call for key, outcome in outcomes.items() if outcome.status == "ready"}
     if calls:
         rounds = shuffled_rounds(calls, device, rounds=options.rounds, seconds=options.seconds)
         for samples in tqdm(rounds, desc=f"timing {len(calls)} variants", unit=" rounds", total=options.rounds):
-            for name, milliseconds in samples.items():
-                outcomes[name].samples.append(milliseconds)
-                outcomes[name].status = "timed"
+            for key, milliseconds in samples.items():
+                outcomes[key].samples.append(milliseconds)
+                outcomes[key].status = "timed"
+    for call in calls.values():
+        if isinstance(call, Isolated):
+            call.close()
 
-    floor = ceilings and ceilings.floor_milliseconds(layers)
+    roofline = {dtype: describe_roofline(layers[dtype], ceilings[dtype]) for dtype in options.dtypes}
     return {
         "benchmark": "latency",
         "began": began.isoformat(timespec="seconds"),
@@ -215,34 +240,46 @@ def measure(options: argparse.Namespace) -> dict:
         "workload": {
             "model": options.model,
             "device": str(device),
-            "dtype": options.dtype,
+            "dtypes": options.dtypes,
             "clip": list(shape),
             "views": options.views,
-            "tolerance": tolerance(dtype, device),
+            "tolerance": {dtype: tolerance(DTYPES[dtype], device) for dtype in options.dtypes},
         },
-        "roofline": describe_roofline(layers, ceilings, floor),
+        "roofline": roofline,
         "kernels_unavailable": slowfast_ext.unavailable_reason(device),
-        "variants": describe_variants(outcomes, options, floor),
+        "variants": describe_variants(outcomes, options, roofline),
     }
 
 
-def describe_roofline(layers: list[Layer], ceilings: Ceilings | None, floor: float | None) -> dict:
+def describe_roofline(layers: list[Layer], ceilings: Ceilings | None) -> dict:
     return {
         "macs": sum(layer.macs for layer in layers),
         "bytes": sum(layer.bytes for layer in layers),
         "operations_per_second": ceilings and ceilings.operations,
         "bytes_per_second": ceilings and ceilings.bandwidth,
-        "floor_ms": floor,
+        "floor_ms": ceilings and floor_milliseconds(ceilings, layers),
     }
 
 
-def describe_variants(outcomes: dict[str, Outcome], options: argparse.Namespace, floor: float | None) -> list[dict]:
-    summaries = {name: Summary.of(outcome.samples) for name, outcome in outcomes.items() if outcome.samples}
-    best_plain = min((summary.median for name, summary in summaries.items() if not VARIANTS[name].ours), default=None)
+def describe_variants(
+    outcomes: dict[tuple[str, str], Outcome], options: argparse.Namespace, roofline: dict[str, dict]
+) -> list[dict]:
+    summaries = {key: Summary.of(outcome.samples) for key, outcome in outcomes.items() if outcome.samples}
+    eager = summaries["eager", "float32"].median if ("eager", "float32") in summaries else None
     rows = []
-    for name, outcome in outcomes.items():
+    for (name, dtype), outcome in outcomes.items():
+        best_plain = min(
+            (
+                summary.median
+                for (other, its_dtype), summary in summaries.items()
+                if its_dtype == dtype and VARIANTS[other].is_plain
+            ),
+            default=None,
+        )
+        floor = roofline[dtype]["floor_ms"]
         row = {
             "name": name,
+            "dtype": dtype,
             "description": VARIANTS[name].description,
             "status": outcome.status,
             "reason": outcome.reason,
@@ -252,8 +289,8 @@ def describe_variants(outcomes: dict[str, Outcome], options: argparse.Namespace,
             "blocks": outcome.blocks,
             "samples_ms": outcome.samples,
         }
-        if name in summaries:
-            summary = summaries[name]
+        if (name, dtype) in summaries:
+            summary = summaries[name, dtype]
             clips = options.batch / summary.median * 1e3
             row |= {
                 "median_ms": summary.median,
@@ -262,6 +299,7 @@ def describe_variants(outcomes: dict[str, Outcome], options: argparse.Namespace,
                 "clips_per_second": clips,
                 "videos_per_second": clips / options.views,
                 "speedup_over_best_plain": best_plain and best_plain / summary.median,
+                "speedup_over_eager_float32": eager and eager / summary.median,
                 "roofline_fraction": floor and floor / summary.median,
             }
         rows.append(row)
@@ -274,37 +312,43 @@ def format_report(document: dict) -> str:
     on_cpu = workload["device"] == "cpu"
     header = [
         "variant",
+        "type",
         "median ms",
         "p10 .. p90",
         "clips/s",
         f"{workload['views']}-view videos/s",
         "peak MiB",
         "vs best plain",
+        "vs eager f32",
         "error",
     ] + ([] if on_cpu else ["of roofline"])
     rows = []
     for row in document["variants"]:
         error = "-" if row["relative_error"] is None else f"{row['relative_error']:.0e}"
         if row["status"] != "timed":
-            rows.append([row["name"], row["status"], *["-"] * 5, error] + ([] if on_cpu else ["-"]))
+            rows.append([row["name"], row["dtype"], row["status"], *["-"] * 6, error] + ([] if on_cpu else ["-"]))
             continue
-        memory, speedup = row["peak_memory_bytes"], row["speedup_over_best_plain"]
+        memory = row["peak_memory_bytes"]
         cells = [
             row["name"],
+            row["dtype"],
             format_milliseconds(row["median_ms"]),
             f"{format_milliseconds(row['p10_ms'])} .. {format_milliseconds(row['p90_ms'])}",
             f"{row['clips_per_second']:.4g}",
             f"{row['videos_per_second']:.3g}",
             "-" if memory is None else f"{memory / 2**20:.0f}",
-            "-" if speedup is None else f"{speedup:.2f}x",
+            *(
+                "-" if row[speedup] is None else f"{row[speedup]:.2f}x"
+                for speedup in ("speedup_over_best_plain", "speedup_over_eager_float32")
+            ),
             error,
         ]
         rows.append(cells if on_cpu else [*cells, f"{row['roofline_fraction']:.0%}"])
     clip = " x ".join(map(str, workload["clip"]))
     lines = [
         environment_line(document["environment"]),
-        f"{workload['model']} | clips {clip} | {workload['dtype']} on {workload['device']} | "
-        f"{roofline['macs'] / workload['clip'][0] / 1e9:.2f} GMAC a clip",
+        f"{workload['model']} | clips {clip} | {workload['device']} | "
+        f"{next(iter(roofline.values()))['macs'] / workload['clip'][0] / 1e9:.2f} GMAC a clip",
         "",
         format_table(header, rows),
         "",
@@ -318,33 +362,40 @@ def format_milliseconds(value: float) -> str:
 
 
 def format_notes(document: dict) -> list[str]:
-    workload, roofline, rows = document["workload"], document["roofline"], document["variants"]
+    workload, rows = document["workload"], document["variants"]
     rounds = max(len(row["samples_ms"]) for row in rows)
-    notes = [f"{row['name']} {row['status']}, not timed: {row['reason']}" for row in rows if row["status"] != "timed"]
+    notes = [
+        f"{row['name']} in {row['dtype']} {row['status']}, not timed: {row['reason']}"
+        for row in rows
+        if row["status"] != "timed"
+    ]
     for row in rows:
         for outcome, count in (row["blocks"] or {}).items():
-            notes.append(f"{row['name']}: {count} blocks {outcome}")
+            notes.append(f"{row['name']} in {row['dtype']}: {count} {outcome}")
     left_out = [name for name in VARIANTS if name not in {row["name"] for row in rows}]
     if left_out:
         notes.append(f"not asked for (--variants): {', '.join(left_out)}")
     notes.append(
         f"{rounds} rounds in shuffled order, warm, inference_mode, random weights; error: relative to eager float32, "
-        f"at most {workload['tolerance']:.0e}"
+        f"at most {', '.join(f'{limit:.0e} in {dtype}' for dtype, limit in workload['tolerance'].items())}"
     )
     load, cores = document["environment"]["load_before"], document["environment"]["cores"]
     if load is not None and load > cores / 2:
         notes.append(f"the load average before was {load:.1f} on {cores} cores: take the times as provisional")
     if workload["device"] == "cpu":
         notes.append("peak MiB: growth of the process's resident memory during one call, hence without weights")
+        if any(VARIANTS[row["name"]].ours == "engine" for row in rows):
+            notes.append("an engine runs in another process than the rest: it lets its process keep freed memory")
         notes.append(f"CPU only: {document['kernels_unavailable']}; no GPU figure was measured")
         return notes
     notes.append("peak MiB: all that torch allocated for the variant: weights, clip, workspaces, activations")
-    notes.append(
-        f"roofline: {roofline['floor_ms']:.4g} ms with each layer one kernel "
-        f"({roofline['macs'] / 1e9:.1f} GMAC, {roofline['bytes'] / 1e9:.2f} GB), from "
-        f"{roofline['operations_per_second'] / 1e12:.0f} TFLOP/s and {roofline['bytes_per_second'] / 1e12:.2f} TB/s "
-        "measured at the start"
-    )
+    for dtype, roofline in document["roofline"].items():
+        notes.append(
+            f"roofline in {dtype}: {roofline['floor_ms']:.4g} ms with each layer one kernel "
+            f"({roofline['macs'] / 1e9:.1f} GMAC, {roofline['bytes'] / 1e9:.2f} GB), from "
+            f"{roofline['operations_per_second'] / 1e12:.0f} TFLOP/s and {roofline['bytes_per_second'] / 1e12:.2f} "
+            "TB/s measured at the start"
+        )
     if document["kernels_unavailable"]:
         notes.append(f"slowfast_ext ran without its CUDA kernels: {document['kernels_unavailable']}")
     return notes
@@ -353,14 +404,14 @@ def format_notes(document: dict) -> list[str]:
 def plot(path: Path, document: dict) -> None:
     workload = document["workload"]
     timed = [row for row in document["variants"] if row["status"] == "timed"]
-    title = f"{workload['model']}, {' x '.join(map(str, workload['clip']))}, {workload['dtype']}\n"
+    title = f"{workload['model']}, {' x '.join(map(str, workload['clip']))}\n"
     title += document["environment"].get("gpu", document["environment"]["machine"])
     plot_bars(
         path,
         title,
         "ms a call, median and p10 to p90",
-        [(row["name"], row["median_ms"], row["p10_ms"], row["p90_ms"]) for row in timed],
-        lambda name: "tab:orange" if VARIANTS[name].ours else "tab:blue",
+        [(f"{row['name']}, {row['dtype']}", row["median_ms"], row["p10_ms"], row["p90_ms"]) for row in timed],
+        lambda label: "tab:orange" if VARIANTS[label.partition(",")[0]].ours else "tab:blue",
     )
 
 

@@ -25,16 +25,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from latency import DTYPES, check_device, check_folders, check_workload, progress
+from latency import DTYPES, check_device, check_dtype, check_folders, check_workload, progress
 from layer_variants import IMPLEMENTATIONS, has_operator, implementations, part_of, prepare, tolerance
 from report import describe_environment, environment_line, format_table, write_csv, write_json
-from roofline import PLANS, Block, Ceilings, Layer, count_layers, fused_blocks, measure_ceilings, plans
+from roofline import (
+    PLANS,
+    Block,
+    Layer,
+    compute_milliseconds,
+    count_layers,
+    floor_milliseconds,
+    fused_blocks,
+    overlap_milliseconds,
+    plans,
+)
 from timing import Summary, cache_flush, shuffled_rounds
 from torch import nn
 from tqdm import tqdm
 from variants import Outcome
 
 import slowfast_ext
+from slowfast_ext.engine import Ceilings, measure_ceilings
 
 SECONDS = {"cpu": 60.0, "cuda": 90.0}
 # An H200: 10^12 dense operations a second with 16-bit operands by wgmma and by mma.sync (TF32 has half), and bytes.
@@ -92,6 +103,8 @@ def check_options(options: argparse.Namespace) -> None:
     if not options.timed and (options.rounds is not None or options.seconds is not None):
         raise ValueError("--rounds and --seconds must be left out where nothing is timed (--device meta)")
     check_workload(options, SECONDS)
+    if options.timed:
+        check_dtype(options.dtype, options.device)
     if options.timed and (options.peak is None) != (options.bandwidth is None):
         raise ValueError("--peak and --bandwidth must be given together where there is a device to measure, got one")
     if options.bandwidth is not None and not options.bandwidth > 0:
@@ -233,7 +246,7 @@ def describe_row(
     convolution = getattr(module, "conv", None)
     inputs = work.layers[0].inputs if isinstance(work, Block) else work.inputs
     output = work.layers[-1].output if isinstance(work, Block) else work.output
-    floors = [ceiling.floor_milliseconds([work]) * 1e3 for ceiling in ceilings]
+    floors = [floor_milliseconds(ceiling, [work]) * 1e3 for ceiling in ceilings]
     memory_bound = work.bytes * ceilings[0].operations > 2 * work.macs * ceilings[0].bandwidth
     row = {
         "name": label(work),
@@ -266,14 +279,14 @@ def describe_totals(
 ) -> list[dict]:
     """Floors of the whole network in each way to run it, whatever rows were asked for."""
     ways = plans(work.layers, work.blocks)
-    floors = {name: [ceiling.floor_milliseconds(kernels) for ceiling in ceilings] for name, kernels in ways.items()}
+    floors = {name: [floor_milliseconds(ceiling, kernels) for ceiling in ceilings] for name, kernels in ways.items()}
     descriptions = dict(PLANS)
     for name, plan in (("overlap_layers", "layers"), ("overlap_stems", "stems")):
         ways[name] = ways[plan]
-        floors[name] = [ceiling.overlap_milliseconds(ways[plan]) for ceiling in ceilings]
+        floors[name] = [overlap_milliseconds(ceiling, ways[plan]) for ceiling in ceilings]
         descriptions[name] = f"the kernels of '{plan}', all their operations beside all their transfers"
     ways["compute"], descriptions["compute"] = ways["layers"], "operations alone"
-    floors["compute"] = [ceiling.compute_milliseconds(work.layers) for ceiling in ceilings]
+    floors["compute"] = [compute_milliseconds(ceiling, work.layers) for ceiling in ceilings]
     rows = []
     for name, kernels in ways.items():
         members = work.layers if name in ("eager", "cudnn") else kernels

@@ -14,14 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timing import Summary, time_once
 from torch import Tensor, nn
 
+from slowfast_ext.engine import Ceilings
 from slowfast_ext.models import BasicBlock3d, Bottleneck3d, Lateral, ResNet3dPathway
-
-GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough that launch and tail are below 1 %
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far larger than any cache
-CEILING_RUNS = 10
 
 
 @dataclass
@@ -80,25 +76,22 @@ class Block(Kernel):
     layers: list[Layer]
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Limits of a device: operations (2 a multiply-accumulate) and bytes moved, a second."""
+def floor_milliseconds(ceilings: Ceilings, kernels: Sequence[Kernel]) -> float:
+    """One kernel after the other."""
+    return 1e3 * sum(
+        max(2 * kernel.macs / ceilings.operations, kernel.bytes / ceilings.bandwidth) for kernel in kernels
+    )
 
-    operations: float
-    bandwidth: float
 
-    def floor_milliseconds(self, kernels: Sequence[Kernel]) -> float:
-        """One kernel after the other."""
-        return 1e3 * sum(max(2 * kernel.macs / self.operations, kernel.bytes / self.bandwidth) for kernel in kernels)
+def compute_milliseconds(ceilings: Ceilings, kernels: Sequence[Kernel]) -> float:
+    """Operations alone."""
+    return 1e3 * sum(2 * kernel.macs for kernel in kernels) / ceilings.operations
 
-    def compute_milliseconds(self, kernels: Sequence[Kernel]) -> float:
-        """Operations alone."""
-        return 1e3 * sum(2 * kernel.macs for kernel in kernels) / self.operations
 
-    def overlap_milliseconds(self, kernels: Sequence[Kernel]) -> float:
-        """All operations beside all transfers."""
-        seconds = sum(kernel.bytes for kernel in kernels) / self.bandwidth
-        return max(self.compute_milliseconds(kernels), 1e3 * seconds)
+def overlap_milliseconds(ceilings: Ceilings, kernels: Sequence[Kernel]) -> float:
+    """All operations beside all transfers."""
+    seconds = sum(kernel.bytes for kernel in kernels) / ceilings.bandwidth
+    return max(compute_milliseconds(ceilings, kernels), 1e3 * seconds)
 
 
 def count_layers(model: nn.Module, clip: Tensor) -> list[Layer]:
@@ -239,24 +232,3 @@ PLANS = {
     "stems": "and each stem with its pooling",
     "slow_blocks": "and each bottleneck of the slow pathway's first stage",
 }
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """A square matrix product through torch, and a copy within device memory (read plus written bytes); medians."""
-    size, copied = GEMM_SIZE[device.type], COPY_BYTES[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def median_seconds(call):
-        for _ in range(3):
-            call()
-        return Summary.of([time_once(call, device) for _ in range(CEILING_RUNS)]).median / 1e3
-
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # the rate that float32 convolutions get
-    try:
-        operations = 2 * size**3 / median_seconds(lambda: torch.mm(a, b))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    return Ceilings(operations, 2 * copied / median_seconds(lambda: target.copy_(source)))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from isolated import Isolated
 from timing import peak_growth
 from torch import Tensor, nn
 
@@ -34,7 +37,10 @@ class Variant:
         compile: ``options`` of ``torch.compile``, None for eager. No two variants may have the same: dynamo takes
             networks of one structure and equal options for the same, and would run the first one's code for both.
             ``"freezing"`` folds batch norm into the convolutions.
-        ours: through ``slowfast_ext.accelerate``.
+        ours: "accelerate" or "engine", through which of the two it runs; "" for neither.
+        openvino: OpenVINO's compiled model, float32 or bfloat16.
+        without: packages that it runs without, in a process of its own. On a CPU an engine always has one: it
+            changes how its process keeps freed memory, which would help the others too.
         default_on: types of devices on which it runs unless ``--variants`` says otherwise.
     """
 
@@ -42,8 +48,15 @@ class Variant:
     memory_format: torch.memory_format = torch.channels_last_3d
     autocast: bool = False
     compile: dict | None = None
-    ours: bool = False
+    ours: str = ""
+    openvino: bool = False
+    without: tuple[str, ...] = ()
     default_on: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what torch alone offers."""
+        return not self.ours and not self.openvino
 
 
 VARIANTS = {
@@ -68,7 +81,16 @@ VARIANTS = {
         },
         default_on=(),
     ),
-    "accelerate": Variant("slowfast_ext.accelerate, channels_last_3d", ours=True),
+    "openvino": Variant("OpenVINO", torch.contiguous_format, openvino=True, default_on=("cpu",)),
+    "accelerate": Variant("slowfast_ext.accelerate, channels_last_3d", ours="accelerate"),
+    "engine_torch_alone": Variant(
+        "slowfast_ext.InferenceEngine without OpenVINO",
+        torch.contiguous_format,
+        ours="engine",
+        without=("openvino",),
+        default_on=("cpu",),
+    ),
+    "engine": Variant("slowfast_ext.InferenceEngine", torch.contiguous_format, ours="engine"),
 }
 
 
@@ -83,7 +105,7 @@ class Outcome:
         error: ``||output - reference|| / ||reference||``.
         prepare_seconds: from the plain network to the first output: conversion, compilation, folding.
         peak_memory: bytes, see :func:`prepare`.
-        blocks: for ours, what ``explain`` says: the number of blocks by how they ran.
+        blocks: for ours, what ``explain`` or the plan says: the number of blocks or steps by how they ran.
         call: runs it once; None unless it is "ready" or "timed".
         samples: milliseconds of a call.
     """
@@ -155,7 +177,11 @@ def prepare(
     held = torch.cuda.memory_allocated(device) if on_cuda else 0
     start = time.perf_counter()
     try:
-        twin, call = _build(variant, model, clip, dtype, device)
+        if variant.ours == "engine" and not on_cuda:
+            call = Isolated(_build, (variant, model, clip, dtype, device), variant.without)
+            blocks = call.known
+        else:
+            call, blocks = _build(variant, model, clip, dtype, device)
         with _inductor_freezing(bool(variant.compile and variant.compile.get("freezing"))):
             output = call().float()
         outcome.prepare_seconds = time.perf_counter() - start
@@ -169,9 +195,8 @@ def prepare(
             call()
             outcome.peak_memory = torch.cuda.max_memory_allocated(device) - held
         else:
-            outcome.peak_memory = peak_growth(call)
-        if variant.ours:
-            outcome.blocks = _blocks(twin)
+            outcome.peak_memory = call.peak_growth() if isinstance(call, Isolated) else peak_growth(call)
+        outcome.blocks = blocks() if callable(blocks) else blocks
     except Exception as error:  # compilers and kernels fail in many ways; the other variants go on
         outcome.reason = first_lines(error)
         return outcome
@@ -189,11 +214,20 @@ def check_output(outcome: Outcome, output: Tensor, reference: Tensor, limit: flo
     return False
 
 
-def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype, device: torch.device):
-    weights = torch.float32 if variant.autocast else dtype
+def _build(
+    variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], Tensor], Callable[[], dict] | dict | None]:
+    """What runs the network once, and for ours how its parts run (of accelerate a function, to be called after it)."""
+    weights = torch.float32 if variant.autocast or variant.openvino or variant.ours == "engine" else dtype
     twin = copy.deepcopy(model).to(device, weights, memory_format=variant.memory_format)
     # Inference tensors are refused by parts of torch.compile; the clip is made outside inference_mode.
     clip = clip.to(device, weights).contiguous(memory_format=variant.memory_format)
+    if variant.openvino:
+        return _openvino(twin, clip, dtype), None
+    if variant.ours == "engine":
+        engine = slowfast_ext.InferenceEngine(twin, dtype=dtype)
+        engine(clip)
+        return lambda: engine(clip), dict(Counter(f"steps in {step.kernel}" for step in engine.plan.steps))
     forward = twin
     if variant.ours:
         forward = twin = slowfast_ext.accelerate(twin)
@@ -204,7 +238,24 @@ def _build(variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype,
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=variant.autocast):
             return forward(clip)
 
-    return twin, call
+    return call, partial(_blocks, twin) if variant.ours else None
+
+
+def _openvino(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # of the tracer, about the checks of shapes
+        converted = openvino.convert_model(model, example_input=clip)
+    converted.reshape(list(clip.shape))
+    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
+    array = clip.numpy()
+    return lambda: torch.from_numpy(request.infer([array])[0].copy())
 
 
 @contextmanager

@@ -125,8 +125,13 @@ class FastBottleneckBlock {
   __device__ __forceinline__ void load_frame(int t, int slot) const {
     if (t >= 0 && t < p_.frames) {
       const Element* source = static_cast<const Element*>(p_.x) + (first_frame_ + t) * p_.in_h * p_.in_w * p_.x_pitch;
-      for (int i = threadIdx.x; i < Tile::kHaloPixels * kIn; i += Tile::kThreads) {
-        const int pixel = i / kIn, chunk = i % kIn;
+      // The odd pitch spreads 8 lanes over the banks if they fill the same chunk of 8 pixels, or 8 chunks of one; of
+      // either a warp reads 64 bytes of a pixel at least.
+      constexpr int kPixels = kIn % 8 == 0 ? 1 : 8;
+      constexpr int kCopies = (Tile::kHaloPixels + kPixels - 1) / kPixels * kPixels * kIn;
+      for (int i = threadIdx.x; i < kCopies; i += Tile::kThreads) {
+        const int pixel = i / (kPixels * kIn) * kPixels + i % kPixels, chunk = i / kPixels % kIn;
+        if (pixel >= Tile::kHaloPixels) continue;
         const int h = in_h_ + pixel / Tile::kHaloWidth, w = in_w_ + Tile::image_column(pixel % Tile::kHaloWidth);
         ptx::cp_async_16(frame(slot) + pixel * Tile::kXPitch + chunk * 16,
                          source + (h * p_.in_w + w) * p_.x_pitch + chunk * 8, is_inside(pixel));

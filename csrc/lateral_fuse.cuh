@@ -314,12 +314,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       }
     }
     __syncwarp();
-    constexpr int kRowLanes = Tile::kWarpChannels / Tile::kChunk;
-    const int column = lane % kRowLanes * Tile::kChunk, channel = first_channel + warp_channel + column;
+    // Eight lanes read a column of chunks, which the pitch spreads over the banks; a warp writes at least 32 bytes a
+    // row.
+    constexpr int kRowChunks = Tile::kWarpChannels / Tile::kChunk;
     const int64_t frame = int64_t(at.clip) * p.out_frames + at.frame;
-    for (int row = lane / kRowLanes; row < Tile::kWarpPixels; row += 32 / kRowLanes) {
-      const int pixel = at.pixel + warp_pixel + row;
-      if (pixel >= p.area) break;
+    for (int i = lane; i < Tile::kWarpPixels * kRowChunks; i += 32) {
+      const int row = i / (8 * kRowChunks) * 8 + i % 8, column = i / 8 % kRowChunks * Tile::kChunk;
+      const int pixel = at.pixel + warp_pixel + row, channel = first_channel + warp_channel + column;
+      if (pixel >= p.area) continue;
       const unsigned char* values = output + row * Tile::kOutputPitch + column * sizeof(Element);
       Element* y = static_cast<Element*>(p.y) + (frame * p.area + pixel) * p.y_pitch + channel;
       if (y_in_chunks) {

@@ -1,10 +1,12 @@
 """Networks with the zoo's structure and few channels, for tests that compute."""
 
 import dataclasses
+import json
 
 import torch
 from torch import nn
 
+from slowfast_ext.checkpoints.settings import CONFIG_ENTRY
 from slowfast_ext.models import SlowFastConfig, build_model, fast_pathway, slow_pathway
 
 
@@ -26,3 +28,11 @@ def lively_model(config: SlowFastConfig) -> nn.Module:
         model.head.fc_cls.weight.normal_(0, 0.2)
         model.head.fc_cls.bias.normal_()
     return model
+
+
+def lively_checkpoint(folder, config: SlowFastConfig) -> tuple[nn.Module, str]:
+    """A lively network and the file of its weights, with its configuration, in ``folder``."""
+    model = lively_model(config)
+    path = folder / "small.pth"
+    torch.save({"meta": {CONFIG_ENTRY: json.dumps(config.to_dict())}, "state_dict": model.state_dict()}, path)
+    return model, str(path)

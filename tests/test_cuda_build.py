@@ -46,9 +46,22 @@ def test_it_uses_no_symbol_outside_the_stable_abi():
 
 @pytest.mark.skipif(kernel_resources.find_cuobjdump() is None, reason="there is no cuobjdump, on PATH or in triton")
 def test_kernels_keep_to_their_registers_and_use_no_local_memory():
-    usage = kernel_resources.read(extension.__file__)
-    lines = (Path(__file__).parent / "kernel_resources.tsv").read_text().splitlines()[1:]
-    bounds = {kernel: int(registers) for kernel, registers in (line.split("\t") for line in lines)}
+    usage, bounds = kernel_resources.read(extension.__file__), kernel_resources.read_table()
     assert usage.keys() == bounds.keys()
-    assert {kernel: found for kernel, found in usage.items() if found[1:] != (0, 0)} == {}
-    assert {kernel: found[0] for kernel, found in usage.items() if found[0] > bounds[kernel]} == {}
+    assert {kernel: found for kernel, found in usage.items() if found.stack_bytes or found.local_bytes} == {}
+    assert {
+        kernel: found.registers for kernel, found in usage.items() if found.registers > bounds[kernel]["registers"]
+    } == {}
+
+
+@pytest.mark.skipif(kernel_resources.find_cuobjdump() is None, reason="there is no cuobjdump, on PATH or in triton")
+@pytest.mark.parametrize("capability", kernel_resources.MULTIPROCESSORS)
+def test_as_many_blocks_are_resident_as_the_table_says(capability):
+    multiprocessor, bounds = kernel_resources.MULTIPROCESSORS[capability], kernel_resources.read_table()
+    found = {
+        kernel: multiprocessor.resident_blocks(
+            usage.registers, bounds[kernel]["threads"], usage.shared_bytes + bounds[kernel]["shared_bytes"]
+        )
+        for kernel, usage in kernel_resources.read(extension.__file__).items()
+    }
+    assert {kernel: blocks for kernel, blocks in found.items() if blocks < bounds[kernel][capability]} == {}

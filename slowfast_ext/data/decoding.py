@@ -234,7 +234,11 @@ def open_video(path: str | os.PathLike, decoder: str = "auto") -> Video:
     _check_file(path)
     if decoder == "auto":
         decoder = "decord" if importlib.util.find_spec("decord") else "pyav"
-    return _DecordVideo(path) if decoder == "decord" else _PyAVVideo(path)
+    video = _DecordVideo(path) if decoder == "decord" else _PyAVVideo(path)
+    if len(video) == 0:
+        video.close()
+        raise VideoError(path, "it has no frames")
+    return video
 
 
 def _import(module: str, decoder: str):

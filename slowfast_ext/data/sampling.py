@@ -5,8 +5,85 @@ mmaction2 places clips by whole frames (`random_offsets`, `centred_offsets`, `cl
 pytorchvideo by fractions of a span in seconds (`even_clip_indices`). Randomness comes from a NumPy generator only.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
+
+PROTOCOLS = ("mmaction2", "pyslowfast")
+
+
+@dataclass(frozen=True)
+class ClipSampling:
+    """Which clips of a video are seen. The defaults are those of training on Kinetics-400.
+
+    Attributes:
+        clip_len, frame_interval: frames of a clip and their distance in the video.
+        num_clips: clips of a video.
+        out_of_bound: what stands for frames behind the end, ``loop`` or ``repeat_last``, see `clip_indices`.
+        temporal_jitter: random clips only: each frame moves forward by its own random part of the interval.
+        keep_tail_frames: random clips only, see `random_offsets`.
+        twice_sample: centred clips only, see `centred_offsets`; doubles the number of clips.
+        protocol: ``mmaction2`` or ``pyslowfast`` (also pytorchvideo; has no random clips and none of the four above).
+    """
+
+    clip_len: int = 32
+    frame_interval: int = 2
+    num_clips: int = 1
+    out_of_bound: str = "loop"
+    temporal_jitter: bool = False
+    keep_tail_frames: bool = False
+    twice_sample: bool = False
+    protocol: str = "mmaction2"
+
+    def __post_init__(self):
+        for name in ("clip_len", "frame_interval", "num_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ClipSampling: {name} must be at least 1, got {getattr(self, name)}")
+        _check_out_of_bound(self.out_of_bound)
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"ClipSampling: protocol must be 'mmaction2' or 'pyslowfast', got {self.protocol!r}")
+        if self.protocol == "pyslowfast":
+            plain = ClipSampling(self.clip_len, self.frame_interval, self.num_clips)
+            for name in ("out_of_bound", "temporal_jitter", "keep_tail_frames", "twice_sample"):
+                if getattr(self, name) != getattr(plain, name):
+                    raise ValueError(
+                        f"ClipSampling: {name} must be {getattr(plain, name)!r} for the protocol pyslowfast, "
+                        f"got {getattr(self, name)!r}"
+                    )
+
+    @property
+    def num_test_clips(self) -> int:
+        """Clips of `centred_clips`."""
+        return self.num_clips * (2 if self.twice_sample else 1)
+
+    def with_frames(self, clip_len: int) -> "ClipSampling":
+        """As many frames of the same span of the video, as multigrid training varies them."""
+        span = self.clip_len * self.frame_interval
+        if clip_len < 1 or span % clip_len:
+            raise ValueError(f"ClipSampling: clip_len must divide the span of {span} frames, got {clip_len}")
+        return replace(self, clip_len=clip_len, frame_interval=span // clip_len)
+
+    def random_clips(self, num_frames: int, generator: np.random.Generator) -> np.ndarray:
+        """Frame numbers of training clips: int64 array (num_clips, clip_len), 0-based."""
+        if self.twice_sample or self.protocol != "mmaction2":
+            raise ValueError(f"ClipSampling: random clips must be mmaction2's, without twice_sample, got {self}")
+        frames = num_frames, self.clip_len, self.frame_interval
+        offsets = random_offsets(*frames, self.num_clips, generator, keep_tail_frames=self.keep_tail_frames)
+        jitter = generator if self.temporal_jitter else None
+        return clip_indices(offsets, *frames, out_of_bound=self.out_of_bound, jitter=jitter)
+
+    def centred_clips(self, num_frames: int, fps: float) -> np.ndarray:
+        """Frame numbers of the validation and test clips: int64 array (clips, clip_len), 0-based."""
+        if self.temporal_jitter or self.keep_tail_frames:
+            raise ValueError(
+                f"ClipSampling: test clips must have no temporal_jitter and no keep_tail_frames, got {self}"
+            )
+        frames = num_frames, self.clip_len, self.frame_interval
+        if self.protocol == "pyslowfast":
+            return even_clip_indices(num_frames, fps, self.clip_len, self.frame_interval, self.num_clips)
+        offsets = centred_offsets(*frames, self.num_clips, twice_sample=self.twice_sample)
+        return clip_indices(offsets, *frames, out_of_bound=self.out_of_bound)
 
 
 def random_offsets(
@@ -93,17 +170,16 @@ def clip_indices(
         int64 array (num_clips, clip_len).
     """
     _check_positive(num_frames=num_frames, clip_len=clip_len, frame_interval=frame_interval)
+    _check_out_of_bound(out_of_bound)
     indices = np.asarray(offsets, dtype=np.int64)[:, None] + np.arange(clip_len) * frame_interval
     if jitter is not None:
         indices = indices + jitter.integers(frame_interval, size=indices.shape)
     if out_of_bound == "loop":
         indices = indices % num_frames
-    elif out_of_bound == "repeat_last":
+    else:
         inside = indices < num_frames
         last = np.where(inside, indices, 0).max(axis=1, keepdims=True)
         indices = np.where(inside, indices, last)
-    else:
-        raise ValueError(f"clip_indices: out_of_bound must be 'loop' or 'repeat_last', got {out_of_bound!r}")
     return indices + start_index
 
 
@@ -130,6 +206,11 @@ def even_clip_indices(
     # In float32 as the originals do, so that positions which fall on a whole frame are cut to the same one.
     clips = [torch.linspace(start, start + span - 1, clip_len).clamp(0, num_frames - 1).long() for start in starts]
     return torch.stack(clips).numpy()
+
+
+def _check_out_of_bound(out_of_bound: str) -> None:
+    if out_of_bound not in ("loop", "repeat_last"):
+        raise ValueError(f"frame sampling: out_of_bound must be 'loop' or 'repeat_last', got {out_of_bound!r}")
 
 
 def _check_positive(**values: int) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .decoding import Video, open_video
-from .sampling import centred_offsets, clip_indices, even_clip_indices
-from .transforms import center_crop, resize_short_side, three_crops, uniform_crops
+from .sampling import ClipSampling
+from .transforms import SpatialTransform
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,21 @@ class ViewPlan:
     protocol: str = "mmaction2"
 
     def __post_init__(self):
-        for name in ("clip_len", "frame_interval", "num_clips", "crop_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ViewPlan: {name} must be at least 1, got {getattr(self, name)}")
         if self.num_crops not in (1, 3):
             raise ValueError(f"ViewPlan: num_crops must be 1 or 3, got {self.num_crops}")
-        if self.crop_size > self.short_side:
-            raise ValueError(f"ViewPlan: crop_size must be at most short_side {self.short_side}, got {self.crop_size}")
-        if self.protocol not in ("mmaction2", "pyslowfast"):
-            raise ValueError(f"ViewPlan: protocol must be 'mmaction2' or 'pyslowfast', got {self.protocol!r}")
-        if self.num_crops == 3 and self.protocol == "mmaction2" and self.crop_size != self.short_side:
-            raise ValueError(
-                f"ViewPlan: three crops need crop_size equal to short_side, got {self.crop_size} and {self.short_side}"
-            )
+        # The rest is checked where it is used.
+        _ = self.sampling, self.transform
 
-    def clips(self, num_frames: int, fps: float) -> np.ndarray:
-        """Frame numbers of the clips: int64 array (num_clips, clip_len)."""
-        if self.protocol == "pyslowfast":
-            return even_clip_indices(num_frames, fps, self.clip_len, self.frame_interval, self.num_clips)
-        offsets = centred_offsets(num_frames, self.clip_len, self.frame_interval, self.num_clips)
-        return clip_indices(offsets, num_frames, self.clip_len, self.frame_interval)
+    @property
+    def sampling(self) -> ClipSampling:
+        """Its clips."""
+        return ClipSampling(self.clip_len, self.frame_interval, self.num_clips, protocol=self.protocol)
 
-    def resize(self, picture: np.ndarray) -> np.ndarray:
-        """A uint8 picture (H, W, 3) with its short side scaled to ``short_side``."""
-        rounding = "nearest" if self.protocol == "mmaction2" else "floor"
-        return resize_short_side(picture, self.short_side, rounding=rounding)
-
-    def crops(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Top and left edges of the crops in a resized picture."""
-        if self.num_crops == 1:
-            return center_crop(height, width, self.crop_size)
-        place = three_crops if self.protocol == "mmaction2" else uniform_crops
-        return place(height, width, self.crop_size)
+    @property
+    def transform(self) -> SpatialTransform:
+        """Its crops."""
+        crop = "center" if self.num_crops == 1 else "three"
+        return SpatialTransform(self.crop_size, self.short_side, crop, protocol=self.protocol)
 
 
 @dataclass(frozen=True)
@@ -106,17 +89,16 @@ class VideoViews:
         return VideoViews(self.frames.to(device), self.clips.to(device), self.crops, self.crop_size)
 
 
-def cut_views(video: Video, plan: ViewPlan) -> VideoViews:
+def cut_views(video: Video, sampling: ClipSampling, transform: SpatialTransform) -> VideoViews:
     """The views of an open video. Each frame is decoded once, and resized before the next one is.
 
     Raises:
         VideoError: the frames cannot be decoded.
     """
-    distinct, rows = np.unique(plan.clips(len(video), video.fps), return_inverse=True)
-    frames = np.stack([plan.resize(picture) for picture in video.read(distinct.tolist())])
-    height, width = frames.shape[1:3]
-    clips = torch.from_numpy(rows.reshape(plan.num_clips, plan.clip_len))
-    return VideoViews(torch.from_numpy(frames), clips, plan.crops(height, width), plan.crop_size)
+    distinct, rows = np.unique(sampling.centred_clips(len(video), video.fps), return_inverse=True)
+    frames = np.stack([transform.resize(picture) for picture in video.read(distinct.tolist())])
+    clips = torch.from_numpy(rows.reshape(-1, sampling.clip_len))
+    return VideoViews(torch.from_numpy(frames), clips, transform.test_crops(*frames.shape[1:3]), transform.crop_size)
 
 
 def read_views(path: str | os.PathLike, plan: ViewPlan, decoder: str = "auto") -> VideoViews:
@@ -131,4 +113,4 @@ def read_views(path: str | os.PathLike, plan: ViewPlan, decoder: str = "auto") -
         VideoError: the file cannot be read as a video.
     """
     with open_video(path, decoder) as video:
-        return cut_views(video, plan)
+        return cut_views(video, plan.sampling, plan.transform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(nn.Module, ABC):
     """Base of the twins: a module over the children, parameters, buffers and hooks of the plain block it replaces.
 
     Twin and plain block share these registries themselves: state-dict keys are the same, and a hook or child given to
@@ -91,13 +92,13 @@ class FusedBlock(nn.Module):
         return cls._children_reason(module)
 
     @classmethod
+    @abstractmethod
     def _children_reason(cls, module: nn.Module) -> str | None:
         """Why the children of ``module`` cannot be fused, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _state_reason(self) -> str | None:
         """Why the modes of the children, or of torch, rule a fused forward out for now, or None."""
-        raise NotImplementedError
 
     def _reason_now(self) -> str | None:
         """Why this forward has to be the plain block's, or None."""

@@ -1,4 +1,4 @@
-"""Residual blocks, one operator a convolution: normalisation, shortcut and ReLU cost no pass over memory."""
+"""Residual blocks: normalisation, shortcut and ReLU cost no pass over memory, a downsampling shortcut no launch."""
 
 from __future__ import annotations
 
@@ -31,15 +31,33 @@ class _FusedResidualBlock(FusedConvolutions):
 
     def fused_forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Tensor[N, C, T, H, W] -> Tensor[N, K, T, H / stride, W / stride]."""
-        *first, last, downsample = self.convolutions
-        shortcut = x if self.downsample is None else self._convolve(downsample, x)
-        for name in first:
+        first, *between, last, downsample = self.convolutions
+        if self.downsample is None:
+            shortcut, x = x, self._convolve(first, x)
+        else:
+            x, shortcut = self._convolve_pair(first, downsample, x)
+        for name in between:
             x = self._convolve(name, x)
         return self._convolve(last, x, residual=shortcut, relu=True, out=out)
 
+    def _convolve_pair(self, first: str, shortcut: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts ``first`` and ``shortcut``, which share their input, as one operator call."""
+        parts = getattr(self, first), getattr(self, shortcut)
+        return ops.conv3d_bn_relu_pair(
+            x,
+            *self._folded(first),
+            *self._folded(shortcut),
+            stride=parts[0].conv.stride,
+            padding=parts[0].conv.padding,
+            stride_shortcut=parts[1].conv.stride,
+            padding_shortcut=parts[1].conv.padding,
+            relu=parts[0].relu,
+            relu_shortcut=parts[1].relu,
+        )
+
 
 class FusedBasicBlock3d(_FusedResidualBlock):
-    """Twin of ``relu(conv2(conv1(x)) + shortcut(x))``: two operator calls, three with a downsampling shortcut.
+    """Twin of ``relu(conv2(conv1(x)) + shortcut(x))``: two operator calls.
 
     Args:
         plain: a block with children ``conv1``, ``conv2`` and ``downsample`` (or None), each a block with ``conv``,
@@ -51,7 +69,7 @@ class FusedBasicBlock3d(_FusedResidualBlock):
 
 class FusedBottleneck3d(_FusedResidualBlock):
     """Twin of ``relu(conv3(conv2(conv1(x))) + shortcut(x))``: one operator call where
-    :func:`~slowfast_ext.ops.fast_bottleneck` has a kernel for the block, else three, four with a downsampling shortcut.
+    :func:`~slowfast_ext.ops.fast_bottleneck` has a kernel for the block, else three.
 
     Args:
         plain: a block with children ``conv1``, ``conv2``, ``conv3`` and ``downsample`` (or None), each a block with

@@ -2,6 +2,7 @@
 
 from .. import _library
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
+from .conv3d_bn_relu_pair import conv3d_bn_relu_pair, conv3d_bn_relu_pair_reference
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
 from .lateral_fuse import lateral_fuse, lateral_fuse_into, lateral_fuse_reference
 from .pool_head import pool_head, pool_head_reference
@@ -9,6 +10,8 @@ from .stem import stem, stem_reason_against, stem_reference
 
 __all__ = [
     "conv3d_bn_relu",
+    "conv3d_bn_relu_pair",
+    "conv3d_bn_relu_pair_reference",
     "conv3d_bn_relu_reference",
     "fast_bottleneck",
     "fast_bottleneck_reason_against",

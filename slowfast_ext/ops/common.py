@@ -40,13 +40,15 @@ def has_pixels(tensor: Tensor) -> bool:
     return (sizes[1] == 1 or strides[1] == 1) and (distance is None or distance >= sizes[1])
 
 
-def check_out(operator: str, x: Tensor, out: Tensor, shape: list[int], *, name: str = "x") -> None:
+def check_out(
+    operator: str, x: Tensor, out: Tensor, shape: list[int], *, name: str = "x", out_name: str = "out"
+) -> None:
     """``out`` can be written: shape, layout, and device and dtype, which are those of ``x``, called ``name``."""
-    check(operator, out.device == x.device, "out", f"on the device of {name}, {x.device}", out.device)
-    check(operator, out.dtype == x.dtype, "out", f"in the dtype of {name}, {x.dtype}", out.dtype)
-    check(operator, tuple(out.shape) == tuple(shape), "out", tuple(shape), tuple(out.shape))
+    check(operator, out.device == x.device, out_name, f"on the device of {name}, {x.device}", out.device)
+    check(operator, out.dtype == x.dtype, out_name, f"in the dtype of {name}, {x.dtype}", out.dtype)
+    check(operator, tuple(out.shape) == tuple(shape), out_name, tuple(shape), tuple(out.shape))
     layout = "channels_last_3d or a slice of the channels of such a tensor"
-    check(operator, has_pixels(out), "out", layout, f"strides {tuple(out.stride())}")
+    check(operator, has_pixels(out), out_name, layout, f"strides {tuple(out.stride())}")
 
 
 def refuse_gradients_with_out(operator: str, *tensors: Tensor | None) -> None:

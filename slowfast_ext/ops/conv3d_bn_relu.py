@@ -14,8 +14,16 @@ _ARGUMENTS = (
 )
 lib.define(f"conv3d_bn_relu({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 lib.define(f"conv3d_bn_relu.out({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+lib.define(
+    f"conv3d_bn_relu.tiled({_ARGUMENTS}, int tile, int splits, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _operator = torch.ops.slowfast_ext.conv3d_bn_relu.default
 _operator_out = torch.ops.slowfast_ext.conv3d_bn_relu.out
+_operator_tiled = torch.ops.slowfast_ext.conv3d_bn_relu.tiled
+
+# Output pixels x output channels of a thread block; in the order of csrc/conv3d_plan.cuh.
+TILES = ("128x128", "128x64", "64x64", "128x32", "128x16")
 
 
 def conv3d_bn_relu(
@@ -28,6 +36,7 @@ def conv3d_bn_relu(
     padding: int | tuple[int, int, int] = 0,
     relu: bool = True,
     out: Tensor | None = None,
+    tile: tuple[str, int] | None = None,
 ) -> Tensor:
     """3-D convolution with everything that follows it in a residual network, in one pass over memory.
 
@@ -52,6 +61,8 @@ def conv3d_bn_relu(
         out (Tensor[N, K, T', H', W']): where to write, dtype of ``x``: channels_last_3d, or a slice of the channels of
             such a tensor, which is how a concatenation is filled without a copy. Must not overlap ``x``. Without
             gradients.
+        tile: for measurements on a GPU, with ``out``: one of ``TILES`` and how many thread blocks share the sums of
+            one output (1, 2, 4, 8 or 16), in place of what the kernel's cost model chooses.
 
     Returns:
         Tensor[N, K, T', H', W']: ``out``, or a new tensor in channels_last_3d.
@@ -65,11 +76,23 @@ def conv3d_bn_relu(
     stride = (stride,) * 3 if isinstance(stride, int) else stride
     padding = (padding,) * 3 if isinstance(padding, int) else padding
     allow_tf32 = allows_tf32(x)
+    _check_tile(x, out, tile)
     if out is None:
         return _operator(x, weight, bias, residual, stride, padding, relu, allow_tf32)
     refuse_gradients_with_out("conv3d_bn_relu", x, weight, bias, residual, out)
-    _operator_out(x, weight, bias, residual, stride, padding, relu, allow_tf32, out)
+    arguments = (x, weight, bias, residual, stride, padding, relu, allow_tf32)
+    if tile is None:
+        _operator_out(*arguments, out)
+    else:
+        _operator_tiled(*arguments, TILES.index(tile[0]), tile[1], out)
     return out
+
+
+def _check_tile(x: Tensor, out: Tensor | None, tile: tuple[str, int] | None) -> None:
+    if tile is not None:
+        check("conv3d_bn_relu", x.is_cuda and out is not None, "tile", "None without out and without a GPU", tile)
+        known = tile[0] in TILES and tile[1] in (1, 2, 4, 8, 16)
+        check("conv3d_bn_relu", known, "tile", f"one of {TILES} with 1, 2, 4, 8 or 16 blocks", tile)
 
 
 def fold_batch_norm(
@@ -102,20 +125,21 @@ def fold_batch_norm(
     return weight * scale.view(-1, 1, 1, 1, 1), shift
 
 
-_check = partial(check, "conv3d_bn_relu")
+def convolution_shape(operator: str, x, weight, bias, stride, padding, *, suffix: str = "") -> list[int]:
+    """The shape of a convolution's result; checks what the CUDA kernels check too, with the same words.
 
-
-def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
-    """The shape of the result; checks what the CUDA kernels check too, with the same words."""
+    ``suffix`` is what the operator's names of all arguments but x end in.
+    """
+    _check = partial(check, operator)
     _check(x.dim() == 5, "x", "(N, C, T, H, W)", tuple(x.shape))
     _check(
         weight.dim() == 5 and weight.shape[1] == x.shape[1] and min(weight.shape[:2]) > 0,
-        "weight",
+        f"weight{suffix}",
         f"(K, {x.shape[1]}, kernel_t, kernel_h, kernel_w)",
         tuple(weight.shape),
     )
-    _check(len(stride) == 3 and min(stride) > 0, "stride", "three positive integers", tuple(stride))
-    _check(len(padding) == 3 and min(padding) >= 0, "padding", "three integers of at least 0", tuple(padding))
+    _check(len(stride) == 3 and min(stride) > 0, f"stride{suffix}", "three positive integers", tuple(stride))
+    _check(len(padding) == 3 and min(padding) >= 0, f"padding{suffix}", "three integers of at least 0", tuple(padding))
     shape = [x.shape[0], weight.shape[0]]
     for size, kernel, step, pad, dimension in zip(
         x.shape[2:], weight.shape[2:], stride, padding, (2, 3, 4), strict=True
@@ -124,22 +148,28 @@ def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
         torch._check(
             kernel > 0 and padded >= kernel,
             lambda kernel=kernel, padded=padded, dimension=dimension: (
-                "conv3d_bn_relu: the kernel must fit into the padded input, "
+                f"{operator}: weight{suffix}'s kernel must fit into the padded input, "
                 f"got kernel {kernel} for {padded} elements in dimension {dimension}"
             ),
         )
         shape.append((padded - kernel) // step + 1)
     _check(x.is_floating_point(), "x", "floating point", x.dtype)
-    for name, tensor in (("weight", weight), ("residual", residual)):
-        if tensor is not None:
-            _check(tensor.device == x.device, name, f"on the device of x, {x.device}", tensor.device)
-            _check(tensor.dtype == x.dtype, name, f"in the dtype of x, {x.dtype}", tensor.dtype)
-    if residual is not None:
-        _check(tuple(residual.shape) == tuple(shape), "residual", tuple(shape), tuple(residual.shape))
+    _check(weight.device == x.device, f"weight{suffix}", f"on the device of x, {x.device}", weight.device)
+    _check(weight.dtype == x.dtype, f"weight{suffix}", f"in the dtype of x, {x.dtype}", weight.dtype)
     if bias is not None:
-        _check(bias.dtype == accumulator_dtype(x), "bias", accumulator_dtype(x), bias.dtype)
-        _check(bias.device == x.device, "bias", f"on the device of x, {x.device}", bias.device)
-        _check(tuple(bias.shape) == (weight.shape[0],), "bias", f"({weight.shape[0]},)", tuple(bias.shape))
+        _check(bias.dtype == accumulator_dtype(x), f"bias{suffix}", accumulator_dtype(x), bias.dtype)
+        _check(bias.device == x.device, f"bias{suffix}", f"on the device of x, {x.device}", bias.device)
+        _check(tuple(bias.shape) == (weight.shape[0],), f"bias{suffix}", f"({weight.shape[0]},)", tuple(bias.shape))
+    return shape
+
+
+def _output_shape(x, weight, bias, residual, stride, padding) -> list[int]:
+    shape = convolution_shape("conv3d_bn_relu", x, weight, bias, stride, padding)
+    if residual is not None:
+        _check = partial(check, "conv3d_bn_relu", argument="residual")
+        _check(residual.device == x.device, expected=f"on the device of x, {x.device}", actual=residual.device)
+        _check(residual.dtype == x.dtype, expected=f"in the dtype of x, {x.dtype}", actual=residual.dtype)
+        _check(tuple(residual.shape) == tuple(shape), expected=tuple(shape), actual=tuple(residual.shape))
     return shape
 
 
@@ -223,32 +253,29 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
+def convolution_gradients(grad, x, weight, stride, padding, bias_dtype, needs):
+    """Of x, weight and bias, each None unless needed, from the gradient of the sum before the ReLU."""
+    needs_x, needs_weight, needs_bias = needs
+    grad_x = grad_weight = None
+    if needs_x or needs_weight:
+        geometry = (stride, padding, [1, 1, 1], False, [0, 0, 0], 1)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry, [needs_x, needs_weight, False]
+        )
+    return grad_x, grad_weight, grad.sum((0, 2, 3, 4), dtype=bias_dtype) if needs_bias else None
+
+
 def _backward(ctx, grad):
     x, weight, y = ctx.saved_tensors
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    grad_x = grad_weight = None
-    if needs_x or needs_weight:
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            ctx.stride,
-            ctx.padding,
-            [1, 1, 1],
-            False,
-            [0, 0, 0],
-            1,
-            [needs_x, needs_weight, False],
-        )
-    grad_bias = grad.sum((0, 2, 3, 4), dtype=ctx.bias_dtype) if needs_bias else None
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None, None
+    *needs, needs_residual = ctx.needs_input_grad[:4]
+    gradients = convolution_gradients(grad, x, weight, ctx.stride, ctx.padding, ctx.bias_dtype, needs)
+    return *gradients, grad if needs_residual else None, None, None, None, None
 
 
 torch.library.register_autograd("slowfast_ext::conv3d_bn_relu", _backward, setup_context=_setup_context, lib=lib)
 
 
-for _overload in (_operator, _operator_out):
+for _overload in (_operator, _operator_out, _operator_tiled):
     register_autocast(_overload, cast=("x", "weight", "residual"))

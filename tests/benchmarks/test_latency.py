@@ -10,6 +10,7 @@ import latency
 import pytest
 import report
 import torch
+from isolated import Isolated
 from variants import VARIANTS, create_network
 
 import slowfast_ext
@@ -53,7 +54,8 @@ def folder(tmp_path_factory):
     """Where a run has left latency.json and latency.png."""
     folder = tmp_path_factory.mktemp("latency")
     pytest.importorskip("matplotlib")
-    assert latency.main([*TINY, "--json", str(folder / "latency.json"), "--plot", str(folder / "latency.png")]) == 0
+    options = [*TINY, "--variants", "eager,eager_channels_last,accelerate,engine"]
+    assert latency.main([*options, "--json", str(folder / "latency.json"), "--plot", str(folder / "latency.png")]) == 0
     return folder
 
 
@@ -67,21 +69,22 @@ def test_json_says_what_was_measured_where(document):
     assert document["workload"] == {
         "model": R50,
         "device": "cpu",
-        "dtype": "float32",
+        "dtypes": ["float32"],
         "clip": [1, 3, 32, 32, 32],
         "views": 30,
-        "tolerance": 1e-4,
+        "tolerance": {"float32": 1e-4},
     }
     environment = document["environment"]
     assert environment["torch"] == torch.__version__
     assert {"machine", "cores", "threads", "system", "python", "slowfast_ext", "commit"} < set(environment)
     assert document["kernels_unavailable"]
-    assert document["roofline"]["macs"] > 0
-    assert document["roofline"]["floor_ms"] is None
+    assert document["roofline"]["float32"]["macs"] > 0
+    assert document["roofline"]["float32"]["floor_ms"] is None
 
 
 def test_json_has_every_sample_and_numbers_that_follow_from_them(document):
-    assert [row["name"] for row in document["variants"]] == ["eager", "eager_channels_last", "accelerate"]
+    assert [row["name"] for row in document["variants"]] == ["eager", "eager_channels_last", "accelerate", "engine"]
+    eager = document["variants"][0]["median_ms"]
     best_plain = min(row["median_ms"] for row in document["variants"][:2])
     for row in document["variants"]:
         assert row["status"] == "timed"
@@ -93,9 +96,13 @@ def test_json_has_every_sample_and_numbers_that_follow_from_them(document):
         assert row["clips_per_second"] == pytest.approx(1e3 / row["median_ms"])
         assert row["videos_per_second"] == pytest.approx(row["clips_per_second"] / 30)
         assert row["speedup_over_best_plain"] == pytest.approx(best_plain / row["median_ms"])
-    assert (
-        sum(document["variants"][2]["blocks"].values()) == 1 + 2 + 4 + 16 + 1
-    )  # backbone, stems, laterals, basic blocks, head
+        assert row["speedup_over_eager_float32"] == pytest.approx(eager / row["median_ms"])
+        assert row["dtype"] == "float32"
+        assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] >= 0
+    # Backbone, stems, laterals, blocks, head.
+    assert sum(document["variants"][2]["blocks"].values()) == 1 + 2 + 4 + 16 + 1
+    # The clip, stems, laterals, the blocks' convolutions (8 of 16 have one in the shortcut, less one), the head.
+    assert sum(document["variants"][3]["blocks"].values()) == 1 + 2 + 4 + 32 + 7 + 1
 
 
 def test_only_the_asked_for_files_are_left(folder):
@@ -107,8 +114,8 @@ def test_the_table_has_a_row_a_variant_and_says_that_no_gpu_was_measured(documen
     lines = latency.format_report(document).splitlines()
     assert document["environment"]["machine"] in lines[0]
     assert R50 in lines[1]
-    header, rule, *rows = lines[3:8]
-    assert [row.split()[0] for row in rows] == ["eager", "eager_channels_last", "accelerate"]
+    header, rule, *rows = lines[3:9]
+    assert [row.split()[0] for row in rows] == ["eager", "eager_channels_last", "accelerate", "engine"]
     assert all(len(line) <= len(rule) for line in (header, *rows))
     assert "no GPU figure was measured" in lines[-1]
 
@@ -138,7 +145,7 @@ def test_a_variant_that_drops_one_branch_is_wrong_and_not_timed(capsys, monkeypa
     assert ours["samples_ms"] == []
     assert "median_ms" not in ours
     assert ours["relative_error"] > latency.tolerance(torch.bfloat16, torch.device("cpu"))
-    assert "accelerate wrong, not timed: relative error" in screen
+    assert "accelerate in float32 wrong, not timed: relative error" in screen
 
 
 def test_nan_is_wrong(capsys, monkeypatch):
@@ -149,7 +156,7 @@ def test_nan_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(slowfast_ext, "accelerate", poison)
     status, screen = run(capsys, "--variants", "eager,accelerate")
     assert status == 1
-    assert "accelerate wrong, not timed" in screen
+    assert "accelerate in float32 wrong, not timed" in screen
 
 
 def test_a_variant_that_cannot_run_is_named_with_its_reason_and_the_others_are_timed(capsys, monkeypatch):
@@ -161,7 +168,10 @@ def test_a_variant_that_cannot_run_is_named_with_its_reason_and_the_others_are_t
     status = latency.main([*options, "--variants", "compile_freezing,eager"])
     screen = capsys.readouterr().out
     assert status == 0
-    assert "compile_freezing failed, not timed: RuntimeError: no working C++ compiler and a long explanation" in screen
+    assert (
+        "compile_freezing in float32 failed, not timed: RuntimeError: no working C++ compiler and a long explanation"
+        in screen
+    )
     assert "of it" not in screen
 
 
@@ -181,7 +191,7 @@ def test_a_variant_that_cannot_run_is_named_with_its_reason_and_the_others_are_t
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:999"], "--device must be"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--dtype", "float32,int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
         (["--json", "no/such/folder/a.json"], "--json must be in an existing folder, got no/such/folder/a.json"),
         (["--plot", "no/such/folder/a.png"], "--plot must be in an existing folder, got no/such/folder/a.png"),
     ],
@@ -223,13 +233,33 @@ def test_a_missing_matplotlib_is_noticed_before_any_work(capsys, monkeypatch, tm
     assert "--plot needs matplotlib, which is not installed" in capsys.readouterr().err
 
 
-def test_default_variants_depend_on_the_device():
-    def names(device, dtype="float32"):
-        options = latency.argparse.Namespace(variants=None, no_compile=False, device=torch.device(device), dtype=dtype)
+def test_default_variants_depend_on_the_device_and_on_openvino(monkeypatch):
+    def names(device, *dtypes):
+        options = latency.argparse.Namespace(
+            variants=None, no_compile=False, device=torch.device(device), dtypes=list(dtypes)
+        )
         return latency.choose_variants(options)
 
-    assert names("cpu") == ["eager", "eager_channels_last", "compile_freezing", "accelerate"]
-    assert set(names("cuda", "bfloat16")) == set(VARIANTS) - {"compile_max_autotune"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    in_float32 = ["eager", "eager_channels_last", "compile_freezing", "accelerate", "engine"]
+    assert [name for name, _ in names("cpu", "float32")] == in_float32
+    both = names("cpu", "float32", "bfloat16")
+    assert [name for name, dtype in both if dtype == "float32"] == in_float32
+    assert {name for name, dtype in both if dtype == "bfloat16"} == {*in_float32, "autocast_channels_last"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert {name for name, _ in names("cpu", "float32")} == {*in_float32, "openvino", "engine_torch_alone"}
+    on_gpu = {name for name, _ in names("cuda", "bfloat16")}
+    assert on_gpu == set(VARIANTS) - {"compile_max_autotune", "openvino", "engine_torch_alone"}
+
+
+def test_what_fails_in_a_process_of_its_own_is_told_here():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: integer division or modulo by zero"):
+        Isolated(divmod, (1, 0))
+
+
+def test_a_package_can_be_left_out_of_a_process(capfd):
+    with pytest.raises(RuntimeError, match=r"ModuleNotFoundError.*matplotlib"):
+        Isolated(importlib.import_module, ("matplotlib.pyplot",), without=("matplotlib",))
 
 
 def test_no_two_variants_compile_with_equal_options():
@@ -291,7 +321,7 @@ def test_a_gpu_run_has_the_fraction_of_the_roofline(capsys, tmp_path):
     ]
     assert latency.main([*options, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
-    assert document["roofline"]["floor_ms"] > 0
+    assert document["roofline"]["bfloat16"]["floor_ms"] > 0
     for row in document["variants"]:
         assert row["status"] == "timed"
         assert row["peak_memory_bytes"] > 0

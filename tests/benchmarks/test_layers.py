@@ -9,15 +9,15 @@ import json
 import layer_variants
 import layers
 import pytest
-import roofline
 import timing
 import torch
 import torch.nn.functional as F
-from roofline import Ceilings, count_layers, fused_blocks, plans
+from roofline import compute_milliseconds, count_layers, floor_milliseconds, fused_blocks, overlap_milliseconds, plans
 from variants import Outcome
 
 import slowfast_ext
 from slowfast_ext import models, ops
+from slowfast_ext.engine import Ceilings, ceilings
 
 R50_4X16 = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
 R50_8X8_NORM = "slowfast_r50_8x8x1_256e_kinetics400_rgb_steplr"
@@ -88,10 +88,10 @@ def work_of(network, clips, dtype=torch.bfloat16):
 
 def totals_of(found, blocks, ceilings):
     ways = plans(found, blocks)
-    totals = {name: ceilings.floor_milliseconds(kernels) for name, kernels in ways.items()}
-    totals["compute"] = ceilings.compute_milliseconds(found)
+    totals = {name: floor_milliseconds(ceilings, kernels) for name, kernels in ways.items()}
+    totals["compute"] = compute_milliseconds(ceilings, found)
     for name in ("layers", "stems"):
-        totals[f"overlap_{name}"] = ceilings.overlap_milliseconds(ways[name])
+        totals[f"overlap_{name}"] = overlap_milliseconds(ceilings, ways[name])
     return [totals[name] for name in COLUMNS]
 
 
@@ -234,8 +234,8 @@ def tiny():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slowfast_ext, "create_model", lambda name: models.build_model(network))
-        patch.setitem(roofline.GEMM_SIZE, "cpu", 64)
-        patch.setitem(roofline.COPY_BYTES, "cpu", 2**16)
+        patch.setitem(ceilings._GEMM_SIZE, "cpu", 64)
+        patch.setitem(ceilings._COPIED_BYTES, "cpu", 2**16)
         patch.setitem(timing.FLUSHED_BYTES, "cpu", 2**12)
         patch.setattr(layer_variants, "OPERATORS", {"fast_bottleneck": "fast_bottleneck"})
         patch.setattr(ops, "fast_bottleneck", fast_bottleneck, raising=False)

@@ -8,15 +8,16 @@ import pytest
 import torch
 from sample_videos import bad_videos, real_clip, write_video
 
-from slowfast_ext import create_model
-from slowfast_ext.cli import main, predict
+from slowfast_ext import InferenceEngine, create_model
+from slowfast_ext.cli import main
+from slowfast_ext.cli.arguments import view_plan
 from slowfast_ext.data import ViewPlan, open_video
 from slowfast_ext.models import SlowFastConfig, build_model, fast_pathway, slow_pathway
 
 ZOO_NAME = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
 CLASSES = 7
 LABELS = [f"activity {index}" for index in range(CLASSES)]
-FAST = ["--num-clips", "1", "--num-crops", "1", "--crop-size", "32", "--device", "cpu", "--no-accelerate"]
+FAST = ["--num-clips", "1", "--num-crops", "1", "--crop-size", "32", "--device", "cpu"]
 
 
 def _spread(model):
@@ -162,21 +163,21 @@ def test_ctrl_c_keeps_what_is_done(small, tmp_path, monkeypatch, capsys):
         calls.append(1)
         return torch.full((CLASSES,), 1 / CLASSES)
 
-    monkeypatch.setattr(predict, "video_probabilities", interrupted)
+    monkeypatch.setattr(InferenceEngine, "video", interrupted)
     out = tmp_path / "out.json"
     assert main(["predict", *videos, "--checkpoint", small[1], "--json", str(out), *FAST]) == 130
     result = json.loads(out.read_text())
     assert result["complete"] is False
     assert [video["path"] for video in result["videos"]] == videos[:1]
     assert capsys.readouterr().err.endswith("slowfast-ext predict: interrupted\n")
-    assert list(tmp_path.glob("*.tmp")) == []
+    assert list(tmp_path.glob("*.tmp*")) == []
 
 
 def test_scores_that_are_no_numbers_are_an_error_not_a_prediction(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "video_probabilities", lambda *arguments: torch.full((CLASSES,), torch.nan))
+    monkeypatch.setattr(InferenceEngine, "video", lambda *arguments: torch.full((CLASSES,), torch.nan))
     video = str(write_video(tmp_path / "video.mp4", 3))
     assert main(["predict", video, "--checkpoint", small[1], *FAST]) == 1
-    assert f"'{video}': the network's scores are not finite numbers in float32" in capsys.readouterr().err
+    assert f"'{video}': the network's results are not finite numbers" in capsys.readouterr().err
 
 
 def test_reduced_precision_stays_close_to_float32(small, tmp_path):
@@ -231,7 +232,7 @@ def test_views_follow_the_network_and_the_code_base_it_comes_from(frame_sampling
     config = SlowFastConfig(*pathways, 4, 4, 7, frame_sampling=frame_sampling, clip_len=64, test_clips=2, test_crops=1)
     unset = argparse.Namespace(num_clips=None, num_crops=None, crop_size=None)
     expected = ViewPlan(clip_len=64, num_clips=2, num_crops=1, protocol=protocol)
-    assert predict.view_plan(config, unset) == expected
+    assert view_plan(config, unset) == expected
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--num-clips", "--max-views", "--crop-size"])

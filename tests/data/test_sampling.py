@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from slowfast_ext.data import centred_offsets, clip_indices, even_clip_indices, random_offsets
+from slowfast_ext.data import ClipSampling, centred_offsets, clip_indices, even_clip_indices, random_offsets
 
 
 def generator(seed=0):
@@ -127,3 +127,52 @@ def test_counts_below_one_are_rejected(call):
 def test_an_unknown_policy_is_rejected():
     with pytest.raises(ValueError, match="out_of_bound must be 'loop' or 'repeat_last', got 'wrap'"):
         clip_indices(np.array([0]), 10, 2, 1, out_of_bound="wrap")
+
+
+def test_test_clips_of_a_recipe_are_the_centred_ones():
+    indices = ClipSampling(num_clips=10).centred_clips(300, 30.0)
+    assert indices.shape == (10, 32)
+    assert indices[:, 0].tolist() == [11, 35, 59, 82, 106, 130, 154, 177, 201, 225]
+    assert (np.diff(indices) == 2).all()
+    assert ClipSampling(num_clips=10).centred_clips(50, 30.0)[:, -1].tolist() == [12] * 10
+    assert ClipSampling(num_clips=10, out_of_bound="repeat_last").centred_clips(50, 30.0)[0, -1] == 48
+    assert ClipSampling(num_clips=3, twice_sample=True).centred_clips(300, 30.0).shape == (6, 32)
+    even = ClipSampling(num_clips=10, protocol="pyslowfast").centred_clips(600, 60.0)
+    assert np.array_equal(even, even_clip_indices(600, 60.0, 32, 2, 10))
+
+
+def test_training_clips_of_a_recipe_are_the_random_ones():
+    clip = ClipSampling().random_clips(300, generator(4))
+    start = int(generator(4).integers(237, size=1)[0])
+    assert clip.tolist() == [list(range(start, start + 64, 2))]
+    starts = {int(ClipSampling().random_clips(70, generator(seed))[0, 0]) for seed in range(200)}
+    assert starts == set(range(7))
+    tail = ClipSampling(clip_len=1, frame_interval=1, num_clips=2, keep_tail_frames=True)
+    assert max(tail.random_clips(3, generator(seed)).max() for seed in range(50)) == 2
+    jittered = ClipSampling(temporal_jitter=True).random_clips(300, generator(4))
+    assert set((jittered - clip).ravel().tolist()) == {0, 1}
+
+
+def test_fewer_frames_of_a_clip_keep_its_span():
+    sampling = ClipSampling(32, 2, temporal_jitter=True)
+    assert sampling.with_frames(8) == ClipSampling(8, 8, temporal_jitter=True)
+    for clip_len in (0, 7, 128):
+        with pytest.raises(ValueError, match=f"clip_len must divide the span of 64 frames, got {clip_len}"):
+            sampling.with_frames(clip_len)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"frame_interval": 0}, "frame_interval must be at least 1, got 0"),
+        ({"out_of_bound": "wrap"}, "out_of_bound must be 'loop' or 'repeat_last', got 'wrap'"),
+        ({"protocol": "other"}, "protocol must be 'mmaction2' or 'pyslowfast', got 'other'"),
+        (
+            {"protocol": "pyslowfast", "twice_sample": True},
+            "twice_sample must be False for the protocol pyslowfast, got True",
+        ),
+    ],
+)
+def test_an_impossible_recipe_is_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClipSampling(**arguments)

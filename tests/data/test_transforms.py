@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 import torch
 
-from slowfast_ext.data import center_crop, normalize, resize_short_side, short_side_size, three_crops, uniform_crops
+from slowfast_ext.data import (
+    SpatialTransform,
+    center_crop,
+    normalize,
+    random_resized_crop,
+    resize_short_side,
+    short_side_size,
+    three_crops,
+    uniform_crops,
+)
 
 
 def test_the_long_side_is_rounded_as_each_code_base_does():
@@ -76,3 +85,92 @@ def test_normalization_subtracts_divides_and_reorders(device):
 def test_views_that_are_not_raw_are_rejected(views):
     with pytest.raises(ValueError, match=r"views must be uint8 \(M, T, H, W, 3\), got torch"):
         normalize(views, (0, 0, 0), (1, 1, 1))
+
+
+def draws(height, width, count=2000, **ranges):
+    return np.array(
+        [random_resized_crop(height, width, np.random.default_rng(seed), **ranges) for seed in range(count)]
+    )
+
+
+def test_random_crops_have_the_areas_and_ratios_of_the_recipe():
+    top, left, height, width = draws(256, 340).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    small = (height < 200) & (width < 250)
+    assert (top + height)[small].max() == 256  # the far edges are reached
+    assert (left + width)[small].max() == 340
+    area, ratio = height * width / (256 * 340), width / height
+    assert 0.078 < area.min() < 0.1
+    assert area.max() > 0.9
+    assert 0.73 < ratio.min() < 0.76
+    assert 1.3 < ratio.max() < 1.37
+    # Small crops always fit, so that their ratios are uniform in the logarithm: half of them are below 1.
+    assert 0.42 < (ratio[area < 0.4] < 1).mean() < 0.58
+
+
+def test_the_first_candidate_that_fits_is_taken():
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        ratios = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), 10))
+        areas = generator.uniform(0.08, 1, 10) * 200 * 300
+        heights, widths = np.round(np.sqrt(areas / ratios)), np.round(np.sqrt(areas * ratios))
+        first = np.flatnonzero((heights <= 200) & (widths <= 300))[0]
+        assert random_resized_crop(200, 300, np.random.default_rng(seed))[2:] == (heights[first], widths[first])
+
+
+def test_without_a_candidate_that_fits_the_middle_square_is_taken():
+    assert random_resized_crop(10, 401, np.random.default_rng(0), area_range=(0.9, 1)) == (0, 195, 10, 10)
+    assert random_resized_crop(401, 10, np.random.default_rng(0), area_range=(0.9, 1)) == (195, 0, 10, 10)
+
+
+def test_augmentation_resizes_crops_resizes_and_flips_all_pictures_alike():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    transform = SpatialTransform(crop_size=20, short_side=40, flip=0.5)
+    flips = set()
+    for seed in range(8):
+        result, flipped = transform.augment(pictures, np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        top, left, height, width = random_resized_crop(40, 53, generator)
+        for picture, got in zip(pictures, result, strict=True):
+            cut = cv2.resize(picture, (53, 40))[top : top + height, left : left + width]
+            expected = cv2.resize(cut, (20, 20))
+            assert np.array_equal(got, expected[:, ::-1] if flipped else expected)
+        assert flipped == (generator.random() < 0.5)
+        flips.add(flipped)
+    assert flips == {True, False}
+
+
+def test_without_a_short_side_the_native_picture_is_cropped_to_any_size():
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 30, 40, 3), np.uint8)
+    result, flipped = SpatialTransform(short_side=None).augment(pictures, np.random.default_rng(2), size=(12, 18))
+    top, left, height, width = random_resized_crop(30, 40, np.random.default_rng(2))
+    expected = cv2.resize(pictures[0, top : top + height, left : left + width], (18, 12))
+    assert not flipped
+    assert np.array_equal(result[0], expected)
+
+
+def test_labels_have_a_partner_on_the_other_side():
+    transform = SpatialTransform(flip_labels={2: 4, 4: 2})
+    assert [transform.flipped_label(label) for label in (2, 3, 4)] == [4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_size": 0}, "crop_size must be at least 1, got 0"),
+        ({"crop": "five"}, "crop must be random_resized, center or three, got 'five'"),
+        ({"flip": 1.5}, "flip must be a probability, got 1.5"),
+        ({"crop": "center", "flip": 0.5}, "flip must be 0 for crop 'center', got 0.5"),
+        ({"short_side": 0}, "short_side must be at least 1 or None, got 0"),
+        ({"crop": "center", "short_side": None}, "short_side must be a number for crop 'center', got None"),
+        ({"crop": "center", "crop_size": 300}, "crop_size must be at most short_side 256, got 300"),
+        ({"crop": "three"}, "crop_size must be short_side 256 for three crops, got 224"),
+        ({"area_range": (0, 1)}, r"area_range must be increasing, in \(0, 1\], got \(0, 1\)"),
+        ({"aspect_ratio_range": (2, 1)}, r"aspect_ratio_range must be increasing and positive, got \(2, 1\)"),
+        ({"protocol": "pyslowfast"}, "protocol must be mmaction2 for random crops, got 'pyslowfast'"),
+    ],
+)
+def test_an_impossible_transform_is_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpatialTransform(**arguments)

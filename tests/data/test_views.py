@@ -24,15 +24,15 @@ def test_the_zoo_default_is_30_views_of_32_frames_at_256():
     assert len(views) == 30
     assert views[28:40].shape == (2, 32, 256, 256, 3)
     assert views[:1].dtype == torch.uint8
-    assert len(views.frames) == len(np.unique(ViewPlan().clips(250, 25.0)))  # each frame is kept once
+    assert len(views.frames) == len(np.unique(ViewPlan().sampling.centred_clips(250, 25.0)))  # each frame is kept once
 
 
 def test_the_pyslowfast_protocol_changes_clips_and_crops():
     plan = ViewPlan(short_side=96, crop_size=96, protocol="pyslowfast")
     views = read_views(real_clip("carphone_pristine"), plan, "pyav")
     assert views.crops == [(0, 0), (0, 11), (0, 21)]
-    assert plan.clips(300, 30.0)[0, -1] == 63
-    assert ViewPlan().clips(300, 30.0)[0, -1] == 73
+    assert plan.sampling.centred_clips(300, 30.0)[0, -1] == 63
+    assert ViewPlan().sampling.centred_clips(300, 30.0)[0, -1] == 73
 
 
 def test_a_video_of_one_frame_fills_all_its_clips(tmp_path):
@@ -58,7 +58,7 @@ def test_a_smaller_center_crop_lies_inside_the_scaled_picture():
         ({"num_clips": 0}, "num_clips must be at least 1, got 0"),
         ({"num_crops": 2}, "num_crops must be 1 or 3, got 2"),
         ({"crop_size": 300}, "crop_size must be at most short_side 256, got 300"),
-        ({"crop_size": 224}, "three crops need crop_size equal to short_side, got 224 and 256"),
+        ({"crop_size": 224}, "crop_size must be short_side 256 for three crops, got 224"),
         ({"protocol": "other"}, "protocol must be 'mmaction2' or 'pyslowfast', got 'other'"),
     ],
 )

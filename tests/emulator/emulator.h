@@ -24,6 +24,7 @@
 // Environment, read at each launch.
 //   SLOWFAST_EXT_EMULATOR_THREADS  operating-system threads (default: all cores)
 //   SLOWFAST_EXT_EMULATOR_SEED     a number: run threads in a random order, the same for the same number
+//   SLOWFAST_EXT_EMULATOR_DRY_RUN  a number: run nothing, note what would be launched
 #pragma once
 
 #include "execution.h"
@@ -157,6 +158,10 @@ void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned thre
     throw std::runtime_error("emulator: dynamic shared memory must be at most " + std::to_string(limit) +
                              " bytes (see cudaFuncSetAttribute), got " + std::to_string(shared_bytes));
   }
+  if (emulator::setting("SLOWFAST_EXT_EMULATOR_DRY_RUN")) {
+    emulator::launches().push_back({reinterpret_cast<const void*>(kernel), threads, shared_bytes});
+    return;
+  }
   emulator::launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 }
 
@@ -174,7 +179,7 @@ inline void check_shared(const char* instruction, const void* address, Site site
 }
 
 // Word by word, so that the sanitizers see the accesses: they miss short memcpy and memset that become instructions.
-inline void copy_16(void* to, const void* from) {
+EMULATOR_UNNOTED inline void copy_16(void* to, const void* from) {
   typedef uint64_t __attribute__((may_alias)) Word;
   static_cast<Word*>(to)[0] = static_cast<const Word*>(from)[0];
   static_cast<Word*>(to)[1] = static_cast<const Word*>(from)[1];
@@ -245,6 +250,8 @@ inline void cp_async_16(void* shared, const void* global, bool valid, emulator::
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) {
     self.multiprocessor->fail(site, "cp.async: the global address must be 16-byte aligned, got ", global);
   }
+  emulator::note_access("cp.async", site.file, site.line, shared, 16);
+  if (valid) emulator::note_access("cp.async", site.file, site.line, global, 16);
   emulator::copy_16(shared, poison);
   self.copies.push_back({shared, valid ? global : zeros, self.groups, site});
   emulator::count(self.multiprocessor->statistics.cp_async);
@@ -276,6 +283,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, emulator::Site sit
   if (warp.lanes != ~0u) self.multiprocessor->fail(site, "ldmatrix: needs a full warp");
   self.multiprocessor->pause();
   emulator::check_shared("ldmatrix", shared, site);
+  emulator::note_access("ldmatrix", site.file, site.line, shared, 16);
   emulator::copy_16(operands.row, shared);
   self.multiprocessor->meet_warp("ldmatrix", ~0u, site, &operands, [&] {
     const auto of = [&](int lane) -> Operands& { return *static_cast<Operands*>(warp.threads[lane].operands); };

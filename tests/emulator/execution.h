@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "traffic.h"
 #include "types.h"
 
 namespace slowfast_ext::emulator {
@@ -38,6 +39,18 @@ struct Statistics {
 inline Statistics& statistics() {
   static Statistics last;
   return last;
+}
+
+// What the host asked for, where SLOWFAST_EXT_EMULATOR_DRY_RUN is set.
+struct Launch {
+  const void* kernel;
+  unsigned threads;
+  size_t shared_bytes;  // dynamic
+};
+
+inline std::vector<Launch>& launches() {
+  static std::vector<Launch> launches;
+  return launches;
 }
 
 // Where in the source an instruction stands; as a default argument, where its caller stands.
@@ -92,6 +105,7 @@ struct Thread {
   std::vector<Copy> copies;
   size_t landed = 0;
   unsigned groups = 0;
+  unsigned meetings = 0;            // at which it has been, see traffic.h
   char arrival = 0, departure = 0;  // addresses that stand for the edges of its synchronisations
 };
 
@@ -158,6 +172,7 @@ class Multiprocessor {
     happens_after(&end_);
     if (error_) std::rethrow_exception(error_);
     if (unfinished_) throw std::runtime_error(deadlock());
+    count_requests();
   }
 
   // Bring `operands` to an instruction that needs every lane of `mask`. The last one to come runs execute() for all.
@@ -166,6 +181,7 @@ class Multiprocessor {
     pause();
     Thread& self = this_thread();
     Warp& warp = *self.warp;
+    ++self.meetings;
     if (!(mask >> self.lane & 1)) fail(site, instruction, ": the mask must hold the calling lane ", self.lane);
     self.operands = operands;
     const uint32_t lanes = mask & warp.lanes;
@@ -195,10 +211,12 @@ class Multiprocessor {
   void synchronize_block(Site site) {
     pause();
     Thread& self = this_thread();
+    ++self.meetings;
     happens_before(&self.arrival);
     if (meet(meetings_, {"__syncthreads", site, 0}, threads_.size())) {
       Unobserved scope;
       ++statistics.barriers;
+      count_requests();
       for (Thread& thread : threads_) happens_after(&thread.arrival);
       for (Thread& thread : threads_) happens_before(&thread.departure);
       for (size_t i = threads_.size(); i-- > 0;) {
@@ -385,6 +403,7 @@ inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, std::
   require(threads > 0 && threads <= 1024, "the threads of a block must be 1 to 1024", threads);
   const Grid grid{{blocks}, {threads}, shared_bytes, std::move(kernel), setting("SLOWFAST_EXT_EMULATOR_SEED")};
   statistics() = {};
+  begin_launch();
   std::atomic<unsigned> next{0};
   std::mutex mutex;
   std::exception_ptr first_error;

@@ -2,36 +2,32 @@
 // their bits. With ONLY_BFLOAT16 the other type is left out, for builds that are made once and thrown away.
 #include "fast_bottleneck.cuh"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 
-namespace py = pybind11;
+#include "module.h"
+
 using namespace slowfast_ext;
+using emulator::Array;
 
 namespace {
 
-int64_t pitch(const py::array& array) { return array.strides(4) / array.itemsize(); }
+int64_t pitch(const Array& array) { return array.strides(4) / array.itemsize(); }
 
-const void* data_or_null(const py::object& object) { return object.is_none() ? nullptr : py::array(object).data(); }
-
-void fast_bottleneck(const std::string& dtype, const py::array& x, const py::array& weight_a, const py::array& bias_a,
-                     const py::array& weight_b, const py::array& bias_b, const py::array& weight_c,
-                     const py::array& bias_c, const py::object& weight_shortcut, const py::object& bias_shortcut,
-                     py::array y, int stride, int frames_per_chunk, int multiprocessors, int shared_memory) {
+void fast_bottleneck(const std::string& dtype, const Array& x, const Array& weight_a, const Array& bias_a,
+                     const Array& weight_b, const Array& bias_b, const Array& weight_c, const Array& bias_c,
+                     const Array& weight_shortcut, const Array& bias_shortcut, const Array& y, int stride,
+                     int frames_per_chunk, int multiprocessors, int shared_memory) {
   FastBottleneckParameters p{};
   p.x = x.data();
   p.weight_a = weight_a.data();
   p.weight_b = weight_b.data();
   p.weight_c = weight_c.data();
-  p.weight_shortcut = data_or_null(weight_shortcut);
+  p.weight_shortcut = weight_shortcut.data();
   p.bias_a = static_cast<const float*>(bias_a.data());
   p.bias_b = static_cast<const float*>(bias_b.data());
   p.bias_c = static_cast<const float*>(bias_c.data());
-  p.bias_shortcut = static_cast<const float*>(data_or_null(bias_shortcut));
+  p.bias_shortcut = static_cast<const float*>(bias_shortcut.data());
   p.y = y.mutable_data();
   p.x_pitch = pitch(x);
   p.y_pitch = pitch(y);
@@ -64,16 +60,10 @@ int shared_bytes(int in_channels, int channels, int stride, int shared_memory) {
   return bytes;
 }
 
-// Of the last launch: ldmatrix instructions, and those of their 8x8 matrices that met a bank twice.
-std::pair<uint64_t, uint64_t> statistics() {
-  return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
-}
-
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+EMULATED_MODULE(module) {
   module.def("fast_bottleneck", &fast_bottleneck);
   module.def("shared_bytes", &shared_bytes);
   module.def("choose_frames_per_chunk", &choose_frames_per_chunk);
-  module.def("statistics", &statistics);
 }

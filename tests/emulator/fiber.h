@@ -18,7 +18,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#ifdef __SANITIZE_THREAD__
+#if defined(__SANITIZE_THREAD__) && !defined(EMULATOR_TRAFFIC)  // for the latter see traffic.h
+#define EMULATOR_THREAD_SANITIZER
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -30,7 +31,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace slowfast_ext::emulator {
 
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
 // What the emulator itself does on behalf of several CUDA threads is no access of theirs: no race in this scope counts.
 struct Unobserved {
   Unobserved() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
@@ -44,7 +45,11 @@ inline void happens_after(void* tag) { __tsan_acquire(tag); }
 struct Unobserved {
   Unobserved() {}
 };
+#ifdef __SANITIZE_THREAD__
+#define EMULATOR_UNOBSERVED __attribute__((no_sanitize("thread")))
+#else
 #define EMULATOR_UNOBSERVED
+#endif
 inline void happens_before(void*) {}
 inline void happens_after(void*) {}
 #endif
@@ -64,7 +69,7 @@ __attribute__((naked, noinline)) EMULATOR_UNOBSERVED inline void switch_stack(vo
 class Fiber {
  public:
   Fiber() {
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
     context_ = __tsan_get_current_fiber();
 #endif
   }
@@ -72,7 +77,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
 
   ~Fiber() {
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
     if (owns_context_) __tsan_destroy_fiber(context_);
 #endif
   }
@@ -83,7 +88,7 @@ class Fiber {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(stack, bytes);
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
     context_ = __tsan_create_fiber(0), owns_context_ = true;
 #endif
 #ifdef EMULATOR_UCONTEXT
@@ -105,7 +110,7 @@ class Fiber {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.bytes_);
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
     __tsan_switch_to_fiber(next.context_, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef EMULATOR_UCONTEXT
@@ -138,7 +143,7 @@ class Fiber {
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack_ = nullptr;
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef EMULATOR_THREAD_SANITIZER
   void* context_ = nullptr;
   bool owns_context_ = false;
 #endif
@@ -148,7 +153,7 @@ class Fiber {
 // page: the hot end of all of them would otherwise fall into the same cache sets.
 class Stacks {
  public:
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__) || defined(EMULATOR_THREAD_SANITIZER)
   static constexpr size_t kBytes = 256 << 10;
 #else
   static constexpr size_t kBytes = 64 << 10;

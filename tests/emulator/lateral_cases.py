@@ -1,13 +1,9 @@
-"""What lateral_fuse is run on under the emulator, and how its result is judged.
+"""What lateral_fuse is run on under the emulator, and how its result is judged; as a script, for harness.py."""
 
-NumPy only, so that it runs under a sanitizer: ``python lateral_cases.py LIBRARY [SUBSTRING]`` runs the bfloat16 cases
-whose names contain SUBSTRING and prints error and bank conflicts of each.
-"""
-
-import importlib.util
 import sys
 from dataclasses import dataclass
 
+import harness
 import numpy as np
 from conv3d_cases import Storage, channels_last, convolve, lay_out
 
@@ -53,7 +49,7 @@ CASES = {
 }
 
 
-def run(module, case, math, seed=0):
+def run(module, case, math="bfloat16", seed=0):
     """The largest error of a case in units of what rounding can explain, so that more than 1 is a mistake.
 
     The bound of conv3d_cases.run. What is copied must be equal, and what lies around the result untouched.
@@ -97,18 +93,5 @@ def run(module, case, math, seed=0):
     return np.inf if np.isnan(error).any() else float((error / np.maximum(bound, 1e-30)).max())
 
 
-def main(library, substring=""):
-    spec = importlib.util.spec_from_file_location(library.rsplit("/", 1)[-1].split("-")[0], library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    failures, names = 0, [name for name in CASES if substring in name]
-    for name in names:
-        error = run(module, CASES[name], "bfloat16")
-        _, bank_conflicts = module.statistics()
-        print(f"{name}: error {error:.3f} of the bound, {bank_conflicts} bank conflicts")
-        failures += error > 1 or bank_conflicts > 0
-    return 0 if names and not failures else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(harness.main(run, CASES, *sys.argv[1:]))

@@ -2,37 +2,34 @@
 // types as their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
 #include "lateral_fuse.cuh"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-namespace py = pybind11;
+#include "module.h"
+
 using namespace slowfast_ext;
+using emulator::Array;
 
 namespace {
 
-int64_t pitch(const py::array& array) { return array.strides(4) / array.itemsize(); }
+int64_t pitch(const Array& array) { return array.strides(4) / array.itemsize(); }
 
 // y is the lateral part; slow and slow_y are None where slow is not copied.
-void lateral_fuse(const std::string& math, const py::object& slow, const py::array& fast, const py::array& weight,
-                  const py::object& bias, py::object slow_y, py::array y, int stride, bool relu, int multiprocessors,
-                  int shared_limit) {
+void lateral_fuse(const std::string& math, const Array& slow, const Array& fast, const Array& weight, const Array& bias,
+                  const Array& slow_y, const Array& y, int stride, bool relu, int multiprocessors, int shared_limit) {
   LateralParameters p{};
   p.fast = fast.data();
   p.weight = weight.data();
-  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
+  p.bias = static_cast<const float*>(bias.data());
   p.y = y.mutable_data();
   p.fast_pitch = pitch(fast);
   p.y_pitch = pitch(y);
   if (!slow.is_none()) {
-    const py::array array(slow);
-    p.slow = array.data();
-    p.slow_y = py::array(slow_y).mutable_data();
-    p.slow_pitch = pitch(array);
-    p.slow_channels = array.shape(1);
+    p.slow = slow.data();
+    p.slow_y = slow_y.mutable_data();
+    p.slow_pitch = pitch(slow);
+    p.slow_channels = slow.shape(1);
   }
   p.batch = fast.shape(0);
   p.area = fast.shape(3) * fast.shape(4);
@@ -53,14 +50,6 @@ void lateral_fuse(const std::string& math, const py::object& slow, const py::arr
   throw std::invalid_argument("not built for " + math);
 }
 
-// Of the last launch: ldmatrix instructions, and those of their 8x8 matrices that met a bank twice.
-std::pair<uint64_t, uint64_t> statistics() {
-  return {emulator::statistics().ldmatrix, emulator::statistics().bank_conflicts};
-}
-
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
-  module.def("lateral_fuse", &lateral_fuse);
-  module.def("statistics", &statistics);
-}
+EMULATED_MODULE(module) { module.def("lateral_fuse", &lateral_fuse); }

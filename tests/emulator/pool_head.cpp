@@ -2,20 +2,18 @@
 // types as their bits. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
 #include "pool_head.cuh"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <stdexcept>
 #include <string>
 
-namespace py = pybind11;
+#include "module.h"
+
 using namespace slowfast_ext;
+using emulator::Array;
 
 namespace {
 
-PathwayMap pathway_map(const py::array& x, std::array<int, 2> window) {
+PathwayMap pathway_map(const Array& x, std::array<int, 2> window) {
   PathwayMap map{};
   map.x = x.data();
   map.pixel_pitch = x.strides(4) / x.itemsize();
@@ -29,17 +27,17 @@ PathwayMap pathway_map(const py::array& x, std::array<int, 2> window) {
 }
 
 // A window of (0, 0) is the whole map. The workspaces are results here, too.
-void pool_head(const std::string& type, const std::string& weight_type, const py::array& slow, const py::array& fast,
-               const py::array& weight, const py::object& bias, std::array<int, 2> window, int group, bool logarithm,
-               py::array_t<float> averages, py::array_t<float> logits, py::array_t<float> y) {
+void pool_head(const std::string& type, const std::string& weight_type, const Array& slow, const Array& fast,
+               const Array& weight, const Array& bias, std::array<int, 2> window, int group, bool logarithm,
+               const Array& averages, const Array& logits, const Array& y) {
   PoolHeadParameters p{};
   p.slow = pathway_map(slow, window);
   p.fast = pathway_map(fast, window);
   p.weight = weight.data();
-  p.bias = bias.is_none() ? nullptr : static_cast<const float*>(py::array(bias).data());
-  p.averages = averages.mutable_data();
-  p.logits = logits.mutable_data();
-  p.y = y.mutable_data();
+  p.bias = static_cast<const float*>(bias.data());
+  p.averages = static_cast<float*>(averages.mutable_data());
+  p.logits = static_cast<float*>(logits.mutable_data());
+  p.y = static_cast<float*>(y.mutable_data());
   p.batch = slow.shape(0);
   p.classes = weight.shape(0);
   p.features = weight.shape(1);
@@ -60,4 +58,4 @@ void pool_head(const std::string& type, const std::string& weight_type, const py
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) { module.def("pool_head", &pool_head); }
+EMULATED_MODULE(module) { module.def("pool_head", &pool_head); }

@@ -1,16 +1,13 @@
-"""What pool_head is run on under the emulator, and how its result is judged.
+"""What pool_head is run on under the emulator, and how its result is judged; as a script, for harness.py."""
 
-NumPy only, so that it runs under a sanitizer: ``python pool_head_cases.py LIBRARY [SUBSTRING]`` runs the bfloat16 cases
-whose names contain SUBSTRING and prints the error of each.
-"""
-
-import importlib.util
 import sys
 from dataclasses import dataclass
 
+import harness
 import numpy as np
 from conv3d_cases import Storage, channels_last
 
+DTYPES = ("bfloat16", "float16", "float32")
 ROUNDOFF = 2.0**-24  # of float32
 
 
@@ -140,17 +137,5 @@ def run(module, case, dtype="bfloat16", weight_dtype=None, seed=0):
     return np.inf if np.isnan(y).any() or np.isnan(averages).any() or np.isnan(worst) else worst
 
 
-def main(library, substring=""):
-    spec = importlib.util.spec_from_file_location(library.rsplit("/", 1)[-1].split("-")[0], library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    failures, names = 0, [name for name in CASES if substring in name]
-    for name in names:
-        error = run(module, CASES[name])
-        print(f"{name}: error {error:.3f} of the bound")
-        failures += error > 1
-    return 0 if names and not failures else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(harness.main(run, CASES, *sys.argv[1:]))

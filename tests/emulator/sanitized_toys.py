@@ -2,11 +2,11 @@
 
 import sys
 
-import build
 import numpy as np
+import toolchain
 
 sanitizer, case = sys.argv[1:]
-toys = build.load("toys", [build.EMULATOR / "toy_kernels.cpp"], sanitizer=sanitizer)
+toys = toolchain.load(toolchain.build("toy_kernels", sanitizer=sanitizer))
 if case.startswith("matmul:"):
     ones = np.full((100, 96), 0x3F80, np.uint16)  # in bfloat16
     toys.matmul_bfloat16(ones, ones[:64], getattr(toys.Mistake, case[7:]))

@@ -2,34 +2,28 @@
 // strides. With ONLY_BFLOAT16 the other types are left out, for builds that are made once and thrown away.
 #include "stem.cuh"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
-namespace py = pybind11;
+#include "module.h"
+
 using namespace slowfast_ext;
+using emulator::Array;
 
 namespace {
 
-const float* vector(const py::object& array) {
-  return array.is_none() ? nullptr : static_cast<const float*>(py::array(array).data());
-}
-
-void stem(const std::string& math, const py::array& x, const py::array& weight, const py::object& bias,
-          const py::object& frames, const py::object& scale, const py::object& shift, py::array y, int chunk,
-          int multiprocessors) {
+void stem(const std::string& math, const Array& x, const Array& weight, const Array& bias, const Array& frames,
+          const Array& scale, const Array& shift, const Array& y, int chunk, int multiprocessors) {
   const auto stride = [&](int dimension) { return x.strides(dimension) / x.itemsize(); };
   StemParameters p{};
   p.x = x.data();
   p.weight = weight.data();
-  p.bias = vector(bias);
-  p.scale = vector(scale);
-  p.shift = vector(shift);
+  p.bias = static_cast<const float*>(bias.data());
+  p.scale = static_cast<const float*>(scale.data());
+  p.shift = static_cast<const float*>(shift.data());
   if (!frames.is_none()) {
-    p.frames = py::array(frames).data();
-    p.long_indices = py::array(frames).itemsize() == 8;
+    p.frames = frames.data();
+    p.long_indices = frames.itemsize() == 8;
   }
   p.y = y.mutable_data();
   p.bytes = x.itemsize() == 1;
@@ -63,7 +57,7 @@ void stem(const std::string& math, const py::array& x, const py::array& weight, 
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+EMULATED_MODULE(module) {
   module.def("stem", &stem);
   module.def("choose_chunk", &choose_chunk);
 }

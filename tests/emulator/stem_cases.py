@@ -1,11 +1,9 @@
-"""What stem is run on under the emulator, and how its result is judged. NumPy only, so that the script runs under a
-sanitizer: ``python stem_cases.py LIBRARY [SUBSTRING]`` runs the bfloat16 cases and prints each one's error.
-"""
+"""What stem is run on under the emulator, and how its result is judged; as a script, for harness.py."""
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 
+import harness
 import numpy as np
 from conv3d_cases import Storage, channels_last, convolve, lay_out
 
@@ -94,7 +92,7 @@ def make_pixels(case, storage, random):
     return lay_out(values, case.layout), storage.decode(values)
 
 
-def run(module, case, math, seed=0, multiprocessors=4):
+def run(module, case, math="bfloat16", seed=0, multiprocessors=4):
     """The largest error of a case in units of what rounding can explain, so that more than 1 is a mistake.
 
     Before the pooling as conv3d_cases.run() has it; a maximum is off by no more than the largest error in its window.
@@ -138,15 +136,5 @@ def run(module, case, math, seed=0, multiprocessors=4):
     return float((abs(y - expected)[valid] / bound[valid]).max(initial=0))
 
 
-def main(library, substring=""):
-    spec = importlib.util.spec_from_file_location(library.rsplit("/", 1)[-1].split("-")[0], library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    errors = {name: run(module, case, "bfloat16") for name, case in CASES.items() if substring in name}
-    for name, error in errors.items():
-        print(f"{name} {error:.3f}")
-    return 0 if errors and max(errors.values()) <= 1 else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(harness.main(run, CASES, *sys.argv[1:]))

@@ -1,85 +1,42 @@
 """The CUDA source of conv3d_bn_relu, run on a CPU: values, sanitizers, and mutants that must be seen."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import build
 import conv3d_cases
+import harness
 import pytest
 from conv3d_cases import CASES, MATHS
+from harness import Mutant
 
-pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
-
-HERE = Path(__file__).resolve().parent
-BINDING = [HERE / "conv3d_bn_relu.cpp"]
-KERNEL = "conv3d_bn_relu.cuh"
-
-# What is changed in the kernel, how it is run, and on which cases: plainly, in a random order of threads, with bank
-# conflicts counted, or under a sanitizer.
 MUTANTS = {
-    "no_barrier": ("    __syncthreads();", "", "thread", "tile_64x64"),
-    "no_barrier_values": ("    __syncthreads();", "", "random", "tile_64x64"),
-    "no_barrier_before_the_sums": ("__syncthreads();  // all have read", "// all have read", "thread", "tile_64x64"),
-    "no_barrier_of_a_warp": ("    __syncwarp();\n#pragma unroll", "#pragma unroll", "thread", "tile_64x64"),
-    "splits_overlap": ("const int first_step = ", "const int first_step = 0 * ", "plain", "splits_2"),
-    "a_split_is_forgotten": ("split < p.splits; ++split", "split < p.splits - 1; ++split", "plain", "splits_2"),
-    "wait_for_one_stage_less": ("kStages - 2>()", "kStages - 1>()", "plain", "tile_64x64"),
-    "x_is_read_beyond_the_last_pixel": ("if (pixel >= p.pixels) {", "if (false) {", "address", "odd_slice"),
-    "y_is_written_beyond_the_last_pixel": ("pixel >= p.pixels || channel", "channel", "address", "no_epilogue"),
-    "weight_is_read_beyond_the_last_channel": (
+    "no_barrier": Mutant("    __syncthreads();", "", "thread", "tile_64x64"),
+    "no_barrier_values": Mutant("    __syncthreads();", "", "random", "tile_64x64"),
+    "no_barrier_before_the_sums": Mutant(
+        "__syncthreads();  // all have read", "// all have read", "thread", "tile_64x64"
+    ),
+    "no_barrier_of_a_warp": Mutant("    __syncwarp();\n#pragma unroll", "#pragma unroll", "thread", "tile_64x64"),
+    "splits_overlap": Mutant("const int first_step = ", "const int first_step = 0 * ", "plain", "splits_2"),
+    "a_split_is_forgotten": Mutant("split < p.splits; ++split", "split < p.splits - 1; ++split", "plain", "splits_2"),
+    "wait_for_one_stage_less": Mutant("kStages - 2>()", "kStages - 1>()", "plain", "tile_64x64"),
+    "x_is_read_beyond_the_last_pixel": Mutant("if (pixel >= p.pixels) {", "if (false) {", "address", "odd_slice"),
+    "y_is_written_beyond_the_last_pixel": Mutant("pixel >= p.pixels || channel", "channel", "address", "no_epilogue"),
+    "weight_is_read_beyond_the_last_channel": Mutant(
         "source, channel < p_.out_channels && w",
         "source, w",
         "address",
         "odd_out_channels",
     ),
-    "padding_is_not_zero": ("static_cast<unsigned>(w + at.kernel_w)", "0u", "plain", "fast_res2_1x3x3"),
-    "swizzle_differs": (
+    "padding_is_not_zero": Mutant("static_cast<unsigned>(w + at.kernel_w)", "0u", "plain", "fast_res2_1x3x3"),
+    "swizzle_differs": Mutant(
         "warp_pixel + i * 16 + lane % 16, chunk",
         "warp_pixel + i * 16 + lane % 16, 2 - chunk",
         "plain",
         "tile",
     ),
-    "no_swizzle": ("chunk ^ (row / 2 % Tile::kRowChunks)", "chunk", "conflicts", "tile_64x64"),
-    "wrong_lane_of_weight": ("chunk + lane / 8 % 2)", "chunk + lane / 16)", "plain", "tile_64x64"),
-    "residual_is_forgotten": ("if (p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
-    "relu_of_one_channel_is_forgotten": ("if (p.relu) sum", "if (p.relu && i) sum", "plain", "fast_res2_1x3x3"),
+    "no_swizzle": Mutant("chunk ^ (row / 2 % Tile::kRowChunks)", "chunk", "conflicts", "tile_64x64"),
+    "wrong_lane_of_weight": Mutant("chunk + lane / 8 % 2)", "chunk + lane / 16)", "plain", "tile_64x64"),
+    "residual_is_forgotten": Mutant("if (p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
+    "relu_of_one_channel_is_forgotten": Mutant("if (p.relu) sum", "if (p.relu && i) sum", "plain", "fast_res2_1x3x3"),
 }
-SANITIZERS = ("address", "thread")
-
-
-def build_mutant(old, new, way):
-    csrc = build.mutate({KERNEL: [(old, new)]})
-    sanitizer = way if way in SANITIZERS else None
-    return build.build("conv3d_bn_relu", BINDING, sanitizer=sanitizer, defines=("ONLY_BFLOAT16",), csrc=csrc)
-
-
-@pytest.fixture(scope="module")
-def builds():
-    """All libraries, compiled side by side: a dictionary of futures."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {"plain": pool.submit(build.build, "conv3d_bn_relu", BINDING)}
-        for sanitizer in SANITIZERS:
-            options = {"sanitizer": sanitizer, "defines": ("ONLY_BFLOAT16",)}
-            futures[sanitizer] = pool.submit(build.build, "conv3d_bn_relu", BINDING, **options)
-        for name, (old, new, way, _) in MUTANTS.items():
-            futures[name] = pool.submit(build_mutant, old, new, way)
-        yield futures
-        for future in futures.values():
-            future.cancel()
-
-
-@pytest.fixture(scope="module")
-def kernel(builds):
-    builds["plain"].result()  # else load would compile it a second time
-    return build.load("conv3d_bn_relu", BINDING)
-
-
-def run(way, library, cases=""):
-    """Run the bfloat16 cases whose names contain `cases` in a process of their own."""
-    environment = {"SLOWFAST_EXT_EMULATOR_SEED": "7"} if way == "random" else {}
-    sanitizer = way if way in SANITIZERS else None
-    return build.run_sanitized(sanitizer, HERE / "conv3d_cases.py", library, cases, environment=environment)
+KERNEL = harness.Kernel("conv3d_bn_relu", conv3d_cases, MUTANTS, files=("conv3d_tile.cuh",))
 
 
 @pytest.mark.parametrize("math", MATHS)
@@ -121,20 +78,11 @@ def test_tiles_suit_the_layer_and_splits_fill_the_gpu(kernel, layer, clips, tile
     assert kernel.plan(pixels * clips, in_channels, out_channels, taps, 132) == (tile, splits)
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizer_finds_nothing(builds, sanitizer):
-    result = run(sanitizer, builds[sanitizer].result())
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
-    assert result.stdout.count("\n") == len(CASES)
+@pytest.mark.parametrize("build", harness.SANITIZERS)
+def test_sanitizer_finds_nothing(builds, build):
+    builds.check_sanitizer_finds_nothing(build)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(builds, name):
-    *_, way, cases = MUTANTS[name]
-    result = run(way, builds[name].result(), cases)
-    assert result.returncode != 0
-    # Seen for what it is, not because the process broke down on the way.
-    report = {"address": "ERROR: AddressSanitizer", "thread": "WARNING: ThreadSanitizer: data race"}.get(way)
-    assert report in result.stderr if report else result.stdout or "emulator" in result.stderr
-    if way == "conflicts":
-        assert "bank conflicts" in result.stdout
+@pytest.mark.parametrize("build", MUTANTS)
+def test_mutant_is_seen(builds, build):
+    builds.check_mutant_is_seen(build)

@@ -269,7 +269,7 @@ uint16_t narrow(float value) {
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+PYBIND11_MODULE(kernel, module) {
   py::enum_<Mistake>(module, "Mistake")
       .value("none", Mistake::none)
       .value("leading_barrier", Mistake::leading_barrier)

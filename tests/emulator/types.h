@@ -13,6 +13,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static thread_local  // one block at a time runs on an operating-system thread
 
@@ -47,7 +48,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 
 template <typename T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
   return *address;
 }
 

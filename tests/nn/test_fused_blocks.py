@@ -60,16 +60,23 @@ def test_a_twin_returns_channels_last_3d(case):
 
 
 @pytest.mark.parametrize(
-    ("name", "convolutions"), [("conv", 1), ("bottleneck", 3), ("bottleneck_downsample", 4), ("basic", 2)]
+    ("name", "operators"),
+    [
+        ("conv", ["conv3d_bn_relu"]),
+        ("bottleneck", ["conv3d_bn_relu"] * 3),
+        ("bottleneck_downsample", ["conv3d_bn_relu_pair"] + ["conv3d_bn_relu"] * 2),
+        ("basic", ["conv3d_bn_relu"] * 2),
+        ("basic_downsample", ["conv3d_bn_relu_pair", "conv3d_bn_relu"]),
+    ],
 )
-def test_each_convolution_is_one_operator_with_nothing_after_it(name, convolutions):
+def test_each_convolution_is_in_one_operator_with_nothing_after_it(name, operators):
     twin = twin_of(build(CASES[name]))
     x = inputs(CASES[name], layout="channels_last_3d")
     with torch.no_grad():
         twin(*x)
         with RecordOperators() as recorded:
             twin(*x)
-    assert recorded.names == ["slowfast_ext::conv3d_bn_relu"] * convolutions
+    assert recorded.names == [f"slowfast_ext::{operator}" for operator in operators]
 
 
 def test_a_lateral_is_one_operator_without_concatenation():

@@ -17,8 +17,8 @@ from slowfast_ext import accelerate, explain, ops, restore
 from slowfast_ext.models import Bottleneck3d, SlowFastHead, Stem
 from slowfast_ext.nn import FusedBlock, FusedBottleneck3d, FusedHead, FusedSlowFastBackbone, FusedStem, residual
 
-CONV, LATERAL_INTO, STEM, HEAD = (
-    f"slowfast_ext::{name}" for name in ("conv3d_bn_relu", "lateral_fuse", "stem", "pool_head")
+CONV, PAIR, LATERAL_INTO, STEM, HEAD = (
+    f"slowfast_ext::{name}" for name in ("conv3d_bn_relu", "conv3d_bn_relu_pair", "lateral_fuse", "stem", "pool_head")
 )
 VARIANTS = {
     "strided": {},
@@ -79,7 +79,9 @@ def test_nothing_is_concatenated_and_no_frame_is_copied(fields):
     assert names.count(STEM) == 2
     assert names.count(LATERAL_INTO) == 4
     assert names.count(HEAD) == 1
-    assert names.count(CONV) == sum(isinstance(module, nn.Conv3d) for module in model.modules()) - 2 - 4
+    convolutions = sum(isinstance(module, nn.Conv3d) for module in model.modules())
+    assert names.count(PAIR) == 8  # the first block of each stage
+    assert names.count(CONV) + 2 * names.count(PAIR) == convolutions - 2 - 4
 
 
 def test_the_slow_side_writes_its_own_channels(monkeypatch):

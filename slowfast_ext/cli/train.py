@@ -1,0 +1,127 @@
+"""``slowfast-ext train CONFIG``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import evaluate
+from ..training import RunOptions, TrainingError, apply_overrides, read_config, starting_weights, train, zoo_config
+from ..training.distributed import LAUNCHERS
+from ..training.step import AMP_DTYPES
+
+_DESCRIPTION = """\
+Train a network of the zoo, or one of your own configuration, on one device or under torchrun on many:
+  slowfast-ext train slowfast_r50_4x16x1_256e_kinetics400_rgb --work-dir runs/4x16 --validate
+  torchrun --nproc-per-node 8 -m slowfast_ext train my_config.py --resume-from auto --amp bf16
+A run that was killed goes on with --resume-from auto as if nothing had happened. SIGTERM and Ctrl-C write a checkpoint
+first.
+"""
+_EPILOG = """\
+Written to the work dir: <config>.py, the configuration with all overrides; <time>.log; <time>.log.json, one JSON object
+a line, first the run, then "mode" train or val; epoch_N.pth after N epochs and epoch_N_iter_M.pth within one;
+latest.pth, a link; best_METRIC_epoch_N.pth.
+
+Exit status: 0, also after SIGTERM; 1 if the run could not go on (a loss that is not finite, lost data, a full disk at
+the end); 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a network",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="zoo name (see slowfast-ext zoo), or a .py or .json file with mmaction2's keys, read and never run",
+    )
+    parser.add_argument("--work-dir", metavar="DIR", help="folder of the results (default: work_dirs/<config>)")
+    parser.add_argument(
+        "--resume-from",
+        metavar="FILE|auto",
+        help="go on with the run of a checkpoint; auto: of the newest sound one in the work dir, if there is one",
+    )
+    parser.add_argument(
+        "--load-from",
+        metavar="FILE",
+        help="start from the weights of any SlowFast checkpoint; with other classes the classifier is made anew",
+    )
+    parser.add_argument("--validate", action="store_true", help="validate during training and keep the best weights")
+    parser.add_argument("--seed", type=int, help="of all random numbers (default: a random one)")
+    parser.add_argument("--diff-seed", action="store_true", help="add the process's rank to the seed")
+    parser.add_argument("--deterministic", action="store_true", help="the same numbers from the same seed")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override the configuration, nested keys with dots: optimizer.lr=0.01 data.videos_per_gpu=4",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        help="who started the processes (default: pytorch under torchrun, else none)",
+    )
+    parser.add_argument("--amp", choices=sorted(AMP_DTYPES), help="16-bit arithmetic where it is safe")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an update (default: 1)")
+    parser.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help="multiply the learning rate by the videos of an update over auto_scale_lr.base_batch_size",
+    )
+    parser.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
+    parser.add_argument("--plot", action="store_true", help="draw curves.png into the work dir at the end")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config, name = resolve(args.config, args.cfg_options)
+    options = RunOptions(
+        work_dir=args.work_dir,
+        resume_from=args.resume_from,
+        load_from=args.load_from,
+        validate=args.validate,
+        seed=args.seed,
+        diff_seed=args.diff_seed,
+        deterministic=args.deterministic,
+        launcher=args.launcher,
+        amp=args.amp,
+        accumulate=args.accumulate,
+        scale_lr=args.scale_lr,
+        sync_bn=args.sync_bn,
+        plot=args.plot,
+    )
+    start = starting_weights(name)
+    if start and not (args.load_from or args.resume_from or config.get("load_from")):
+        print(
+            f"slowfast-ext train: warning: the published run began with the weights of {start}: --load-from FILE",
+            file=sys.stderr,
+        )
+    try:
+        stopped = train(config, name, options, evaluate)
+    except TrainingError as error:
+        print(f"slowfast-ext train: error: {error}", file=sys.stderr)
+        return 1
+    return 130 if stopped == signal.SIGINT else 0
+
+
+def resolve(config: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
+    """A configuration with its overrides, and its name.
+
+    A path that does not exist stands for the zoo's configuration of that name, as in
+    ``configs/recognition/slowfast/<name>.py``.
+    """
+    path = Path(config)
+    if path.suffix in (".py", ".json") and path.is_file():
+        return apply_overrides(read_config(path), overrides), path.stem
+    name = path.name.removesuffix(".py").replace("_perbn_", "_prebn_")
+    return apply_overrides(zoo_config(name), overrides), name

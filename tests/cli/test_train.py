@@ -1,0 +1,160 @@
+"""``slowfast-ext train`` on real files: lists, decoding processes, checkpoints, logs."""
+
+import json
+import multiprocessing
+import re
+import shutil
+
+import pytest
+import torch
+from sample_videos import write_video
+
+import slowfast_ext
+from slowfast_ext.cli import main
+from slowfast_ext.cli.train import resolve
+from slowfast_ext.training import format_config, read_config
+from slowfast_ext.training.step import TrainingStep
+
+CONFIG = """
+clip = dict(type='SampleFrames', clip_len=8, frame_interval=1, num_clips=1)
+scale = dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_bgr=False)
+end = [scale, dict(type='FormatShape', input_format='NCTHW'), dict(type='Collect', keys=['imgs', 'label'])]
+train_pipeline = [
+    dict(type='DecordInit'), clip, dict(type='DecordDecode'),
+    dict(type='RandomResizedCrop'), dict(type='Resize', scale=(32, 32), keep_ratio=False),
+    dict(type='Flip', flip_ratio=0.5)] + end
+val_pipeline = [
+    dict(type='DecordInit'), dict(test_mode=True, **clip), dict(type='DecordDecode'),
+    dict(type='Resize', scale=(-1, 32)), dict(type='CenterCrop', crop_size=32)] + end
+root = 'ROOT'
+data = dict(
+    videos_per_gpu=2,
+    workers_per_gpu=1,
+    train=dict(type='VideoDataset', ann_file=f'{root}/train.txt', data_prefix=root, pipeline=train_pipeline),
+    val=dict(type='VideoDataset', ann_file=f'{root}/val.txt', data_prefix=root, pipeline=val_pipeline))
+model = dict(
+    type='Recognizer3D',
+    backbone=dict(
+        type='ResNet3dSlowFast', resample_rate=4, speed_ratio=4, channel_ratio=8,
+        slow_pathway=dict(type='resnet3d', depth=18, base_channels=8, lateral=True),
+        fast_pathway=dict(type='resnet3d', depth=18, base_channels=1, lateral=False)),
+    cls_head=dict(type='SlowFastHead', num_classes=2, dropout_ratio=0.5))
+optimizer = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4)
+optimizer_config = dict(grad_clip=dict(max_norm=40, norm_type=2))
+lr_config = dict(policy='CosineAnnealing', min_lr=0)
+total_epochs = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of videos, one of which is broken, and a configuration."""
+    for index in range(5):
+        write_video(tmp_path / f"{index}.mp4", 12)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "train.txt").write_text("".join(f"{index}.mp4 {index % 2}\n" for index in range(5)) + "broken.mp4 1\n")
+    (tmp_path / "val.txt").write_text("0.mp4 0\nbroken.mp4 0\n1.mp4 1\n")
+    (tmp_path / "my.py").write_text(CONFIG.replace("ROOT", str(tmp_path)))
+    return tmp_path
+
+
+def _train(folder, *arguments):
+    return main(["train", str(folder / "my.py"), "--work-dir", str(folder / "run"), *arguments])
+
+
+def _lines(folder):
+    paths = sorted((folder / "run").glob("*.log.json"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def test_real_videos_are_trained_on_and_validated(folder):
+    try:
+        assert (
+            _train(folder, "--validate", "--seed", "1", "--deterministic", "--cfg-options", "log_config.interval=1")
+            == 0
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    lines = _lines(folder)
+    assert [(line["epoch"], line["iter"]) for line in lines if line.get("mode") == "train"] == [
+        (epoch, iteration) for epoch in (1, 2) for iteration in (1, 2, 3)
+    ]
+    assert [line["epoch"] for line in lines if line.get("mode") == "val"] == [1, 2]
+    text = next((folder / "run").glob("*.log")).read_text()
+    assert re.search(r"WARNING - cannot read '.*broken\.mp4': .*; another video takes its place", text)
+    assert "1 videos cannot be read and are left out" in text
+    assert read_config(folder / "run" / "my.py")["log_config"] == {"interval": 1}
+    # What was written is a whole configuration of its own, and the checkpoint a whole network.
+    assert main(["train", str(folder / "run" / "my.py"), "--work-dir", str(folder / "again"), "--resume-from",
+                 str(folder / "run" / "epoch_2.pth")]) == 0  # fmt: skip
+    model = slowfast_ext.load_checkpoint(folder / "run" / "latest.pth")
+    assert model.config.num_classes == 2
+
+
+def test_a_loader_process_that_dies_changes_nothing(folder, monkeypatch):
+    """Its videos are read again by another process; the weights are those of a run in which it lived."""
+    step, killed = TrainingStep.__call__, []
+
+    def kill_and_step(self, *arguments, **options):
+        if not killed:  # one, once: a video whose second try fails as well would be replaced by another
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+        return step(self, *arguments, **options)
+
+    options = ("--seed", "1", "--deterministic", "--cfg-options", "data.workers_per_gpu=2")
+    weights = []
+    try:
+        for patched in (False, True):
+            if patched:
+                monkeypatch.setattr(TrainingStep, "__call__", kill_and_step)
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            assert _train(folder, *options) == 0
+            weights.append(torch.load(folder / "run" / "epoch_2.pth", weights_only=True)["state_dict"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert killed
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+
+
+def _error(capsys, folder, *arguments):
+    assert _train(folder, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_wrong_arguments_are_one_line_before_any_work(folder, capsys):
+    assert "did you mean momentum?" in _error(capsys, folder, "--cfg-options", "optimizer.momentun=0.9")
+    assert "must be KEY=VALUE" in _error(capsys, folder, "--cfg-options", "lr")
+    assert "--resume-from must be auto or an existing file" in _error(capsys, folder, "--resume-from", "no.pth")
+    assert "--launcher pytorch: the environment must have" in _error(capsys, folder, "--launcher", "pytorch")
+    assert not (folder / "run").exists()
+    (folder / "train.txt").write_text("0.mp4 0\n1.mp4 2\n")
+    assert f"{folder / 'train.txt'}, line 2: label must be in [0, 2), got 2" in _error(capsys, folder)
+    (folder / "train.txt").write_text("\n")
+    assert "the list must name at least one video" in _error(capsys, folder)
+    assert main(["train", "slowfast_r50_4x16"]) == 2
+    assert re.search("did you mean .*slowfast_r50_4x16x1_256e_kinetics400_rgb", capsys.readouterr().err)
+
+
+def test_a_run_that_cannot_go_on_ends_with_status_one(folder, capsys):
+    for index in range(5):
+        (folder / f"{index}.mp4").unlink()
+    assert _train(folder) == 1
+    assert "the loader must give a batch, got an error: " in capsys.readouterr().err
+
+
+def test_the_weights_that_a_recipe_begins_with_are_named(capsys):
+    assert main(["train", "slowfast_r50_16x8x1_22e_sthv1_rgb", "--resume-from", "no.pth"]) == 2
+    assert "began with" not in capsys.readouterr().err
+    assert main(["train", "slowfast_r50_16x8x1_22e_sthv1_rgb", "--accumulate", "0"]) == 2
+    expected = "the published run began with the weights of slowfast_r50_8x8x1_256e_kinetics400_rgb: --load-from FILE"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_path_into_mmaction2_that_does_not_exist_stands_for_the_zoo():
+    name = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
+    config, found = resolve(f"configs/recognition/slowfast/{name}.py", ["data.videos_per_gpu=4"])
+    assert found == name
+    assert config["data"]["videos_per_gpu"] == 4
+    assert "videos_per_gpu=4" in format_config(config)
