@@ -62,6 +62,10 @@ class FusedTraced(FusedBlock):
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
         """Why this twin cannot replace ``module``, or None. Looks at everything but the input."""
+        return cls._children_reason(module)
+
+    @classmethod
+    def _children_reason(cls, module: nn.Module) -> str | None:
         program, reason, _ = cls.examine(module)
         return reason if program is not None or reason is not None else "nothing in its own forward can be fused"
 
@@ -72,9 +76,10 @@ class FusedTraced(FusedBlock):
     def _reason_now(self) -> str | None:
         if self.training:
             return "it is in training mode"
-        reason = None if torch.compiler.is_compiling() else self._change()
-        if reason is not None:
-            return reason
+        # In place of _children_reason, which would record the forward anew.
+        return (None if torch.compiler.is_compiling() else self._change()) or self._state_reason()
+
+    def _state_reason(self) -> str | None:
         for name in self.program.traced[1:]:
             if _child(self, name).training:
                 return f"{name} is in training mode"
