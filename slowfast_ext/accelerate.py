@@ -25,7 +25,7 @@ from .nn import (
 )
 from .nn.block import TWINS
 from .nn.conv import convolution_reason
-from .nn.tracing import NOTHING_FOLLOWS
+from .nn.program import NOTHING_FOLLOWS
 
 TWINS.update(
     {

@@ -9,7 +9,8 @@ from .. import ops
 from .block import FusedBlock, backend_reason, call_reason, compute_dtype, recording_reason
 from .conv import convolution_reason
 from .folding import FoldedWeights
-from .tracing import Call, Fused, Program, Untraceable, Value, find_program
+from .program import Call, Fused, Program, Value, find_program
+from .recording import Untraceable
 
 _SIMPLE = (bool, int, float, str, tuple)  # compared by value, all else by identity
 
@@ -61,6 +62,10 @@ class FusedTraced(FusedBlock):
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
         """Why this twin cannot replace ``module``, or None. Looks at everything but the input."""
+        return cls._children_reason(module)
+
+    @classmethod
+    def _children_reason(cls, module: nn.Module) -> str | None:
         program, reason, _ = cls.examine(module)
         return reason if program is not None or reason is not None else "nothing in its own forward can be fused"
 
@@ -71,9 +76,10 @@ class FusedTraced(FusedBlock):
     def _reason_now(self) -> str | None:
         if self.training:
             return "it is in training mode"
-        reason = None if torch.compiler.is_compiling() else self._change()
-        if reason is not None:
-            return reason
+        # In place of _children_reason, which would record the forward anew.
+        return (None if torch.compiler.is_compiling() else self._change()) or self._state_reason()
+
+    def _state_reason(self) -> str | None:
         for name in self.program.traced[1:]:
             if _child(self, name).training:
                 return f"{name} is in training mode"
@@ -134,7 +140,7 @@ class FusedTraced(FusedBlock):
                 values[index] = None
         return _fill(self.program.result, values)
 
-    def _fused(self, step: Fused, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _fused(self, step: Fused, x: Tensor, residual: object) -> Tensor:
         conv, bn = _child(self, step.conv), _child(self, step.bn)
         dtype = compute_dtype(conv.weight)
         if x.dim() == 5 and (residual is None or _fits(step, conv, x, residual, dtype)):
@@ -143,7 +149,9 @@ class FusedTraced(FusedBlock):
             return ops.conv3d_bn_relu(x, weight, bias, residual, **options)
         y = conv(x)
         y = y if bn is None else bn(y)
-        if residual is not None:
+        if step.in_place:
+            y += residual
+        elif residual is not None:
             y = residual + y if step.residual_first else y + residual
         return y.relu() if step.relu else y
 
@@ -184,8 +192,10 @@ class FusedSequential(FusedTraced, nn.Sequential):
         return self.plain[index]
 
 
-def _fits(step: Fused, conv: nn.Conv3d, x: Tensor, residual: Tensor, dtype: torch.dtype) -> bool:
+def _fits(step: Fused, conv: nn.Conv3d, x: Tensor, residual: object, dtype: torch.dtype) -> bool:
     """Whether the sum has neither broadcasting nor another dtype."""
+    if not isinstance(residual, Tensor):
+        return False
     sizes = [
         (size + 2 * pad - kernel) // stride + 1
         for size, pad, kernel, stride in zip(x.shape[2:], step.padding, conv.kernel_size, step.stride, strict=True)

@@ -1,8 +1,7 @@
-"""What a module's forward computes, recorded by torch.fx, and the convolutions in it that can be fused."""
+"""A recorded forward as a program, in which the convolutions that can be fused are."""
 
 from __future__ import annotations
 
-import inspect
 import operator
 from dataclasses import dataclass, field
 
@@ -10,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .block import TWINS, FusedBlock, call_reason
 from .conv import convolution_reason
+from .recording import has_twin, is_torchs, record
 
 _NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 _ADDITIONS = {operator.add, torch.add, operator.iadd, "add", "add_"}
@@ -29,6 +28,7 @@ class Fused:
         conv, bn, relu_module: of the modules; "" where there is none, as for a ReLU that is a function.
         x, residual: positions of the values; no residual is -1.
         residual_first: whether the residual is the left operand of the addition.
+        in_place: whether the addition changes the convolution's result, hence keeps its dtype.
         relu: whether a ReLU follows.
         stride, padding: of the convolution, as plain integers.
     """
@@ -39,6 +39,7 @@ class Fused:
     x: int
     residual: int
     residual_first: bool
+    in_place: bool
     relu: bool
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -82,115 +83,6 @@ class Program:
     plain: dict[str, str]
 
 
-class Untraceable(Exception):
-    """Why a forward cannot be recorded."""
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    """Whether a class of torch that computes, which is no container, is called as a whole."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-
-
-def has_twin(module: nn.Module) -> bool:
-    return isinstance(module, FusedBlock) or any(base in TWINS for base in type(module).__mro__)
-
-
-class _Proxy(fx.Proxy):
-    """fx takes ``x += y`` for ``x = x + y``, and whoever else has x would not see it change."""
-
-
-def _record_in_place(name: str):
-    function = getattr(operator, name)
-
-    def method(self, other):
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_Proxy, f"__{name}__", method)
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    _record_in_place(_name)
-
-
-class _Tracer(fx.Tracer):
-    """Notes for each node in whose forward it is; convolutions, modules of torch and blocks with twins are one node."""
-
-    proxy_buffer_attributes = True  # so that changes of buffers are recorded and not made
-
-    def __init__(self, called: set[nn.Module]):
-        super().__init__()
-        self.called, self.scopes = called, [""]
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return has_twin(module) or module in self.called or isinstance(module, nn.Conv3d) or _is_torchs(module)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """Only parameters without a default are inputs."""
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-        if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
-            raise Untraceable("its forward has other than plain parameters")
-        inputs = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in inputs)]
-
-    def call_module(self, module, forward, args, kwargs):
-        name = self.path_of_module(module)
-        if self.is_leaf_module(module, name):
-            return self.create_proxy("call_module", name, args, kwargs)
-        reason = call_reason(module)
-        if reason is not None:
-            raise Untraceable(f"{name} {reason}")
-        self.scopes.append(name)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self.scopes.pop()
-
-    def create_node(self, *args, **kwargs):
-        node = super().create_node(*args, **kwargs)
-        node.meta["scope"] = self.scopes[-1]
-        return node
-
-
-def _record(module: nn.Module, called: set[nn.Module]) -> fx.Graph:
-    """The graph of the forward in evaluation mode. Leaves the module as it is."""
-    modules = list(module.modules())
-    modes = [each.training for each in modules]
-    for each in modules:
-        each.training = False  # not eval(), which classes override
-    before = [(dict(each.__dict__), dict(each._modules), dict(each._buffers)) for each in modules]
-    wrote = False
-    try:
-        graph = _Tracer(called).trace(module)
-    except Untraceable:
-        raise
-    except Exception as error:  # anything can happen in a forward that gets no tensors
-        message = (str(error).strip().splitlines() or [""])[0]
-        raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {message[:120]})") from None
-    finally:
-        for each, (attributes, children, buffers) in zip(modules, before, strict=True):
-            same = _same(each.__dict__, attributes) and _same(each._modules, children) and _same(each._buffers, buffers)
-            if not same:
-                wrote = True
-                each.__dict__.clear()
-                each.__dict__.update(attributes)
-                each.__dict__["_modules"].clear()
-                each.__dict__["_modules"].update(children)
-                each.__dict__["_buffers"].clear()
-                each.__dict__["_buffers"].update(buffers)
-        for each, training in zip(modules, modes, strict=True):
-            each.training = training
-    if wrote:
-        raise Untraceable("its forward sets attributes")
-    return graph
-
-
-def _same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[key] is b[key] for key in b)
-
-
 @dataclass
 class _Chain:
     """Nodes from a convolution on that are one operator."""
@@ -200,6 +92,7 @@ class _Chain:
     relu_module: str = ""
     residual: fx.Node | None = None
     residual_first: bool = False
+    in_place: bool = False
     relu: bool = False
 
     @property
@@ -257,8 +150,10 @@ class _Chains:
         if chain.nodes[0].kwargs or len(chain.nodes[0].args) != 1:
             return "it is called with other arguments than one tensor"
         bn = self.module.get_submodule(chain.bn) if chain.bn else None
-        if not is_conv3d(conv):
-            return f"conv is a {type(conv).__name__}, whose forward is another than that of Conv3d"
+        if "weight" not in conv._parameters:
+            return f"conv is a {type(conv).__name__}, whose weight is no parameter"
+        if not computes_conv3d(conv):
+            return f"conv is a {type(conv).__name__}, which computes something else than Conv3d"
         return convolution_reason(conv, bn, type(conv)) or (NOTHING_FOLLOWS if len(chain.nodes) == 1 else None)
 
     def _follow(self, conv: fx.Node, taken: set[fx.Node]) -> _Chain:
@@ -272,6 +167,7 @@ class _Chains:
             left, right = following.args
             chain.residual_first = right is chain.nodes[-1]
             chain.residual = left if chain.residual_first else right
+            chain.in_place = following.target in _IN_PLACE
             chain.nodes.append(following)
             following = self._next(chain, taken)
         if following is not None and self._is_relu(following, chain.nodes[-1]):
@@ -316,7 +212,7 @@ class _Chains:
             return True
         module = self._module(node)
         if module is not None:
-            if not _is_torchs(module) and not isinstance(module, nn.Conv3d):
+            if not is_torchs(module) and not isinstance(module, nn.Conv3d):
                 return False
             in_place = getattr(module, "inplace", False)
         elif node.target in _PURE | _RELUS | _ADDITIONS and "out" not in node.kwargs:
@@ -331,10 +227,10 @@ class _Chains:
         return fresh and len(changed.users) == 1
 
 
-def is_conv3d(conv: nn.Conv3d) -> bool:
-    """Whether ``conv``, perhaps of a class that derives from Conv3d, computes what Conv3d does."""
+def computes_conv3d(conv: nn.Conv3d) -> bool:
+    """Whether ``conv``, perhaps of a class derived from Conv3d, computes what Conv3d does; tried where in doubt."""
     kind = type(conv)
-    if "weight" not in conv._parameters or kind.__call__ is not nn.Module.__call__:
+    if kind.__call__ is not nn.Module.__call__:
         return False
     if kind.forward is nn.Conv3d.forward and kind._conv_forward is nn.Conv3d._conv_forward:
         return True
@@ -364,7 +260,7 @@ def find_program(module: nn.Module) -> tuple[Program | None, dict[str, str]]:
     Raises:
         Untraceable: the forward cannot be recorded.
     """
-    found = _Chains(module, _record(module, set()))
+    found = _Chains(module, record(module, set()))
     owners = {chain.owner for chain in found.chains}
     if "" not in owners:
         return None, found.plain
@@ -379,7 +275,7 @@ def find_program(module: nn.Module) -> tuple[Program | None, dict[str, str]]:
         and not any(f"{scope}.".startswith(f"{owner}.") for scope in needed)
     }
     if inner:
-        found = _Chains(module, _record(module, {module.get_submodule(name) for name in inner}))
+        found = _Chains(module, record(module, {module.get_submodule(name) for name in inner}))
     program = _compile(found, inner)
     return program, program.plain
 
@@ -413,6 +309,7 @@ def _compile(found: _Chains, inner: set[str]) -> Program:
                 positions[conv_node.args[0]],
                 -1 if chain.residual is None else positions[chain.residual],
                 chain.residual_first,
+                chain.in_place,
                 chain.relu,
                 tuple(map(int, conv.stride)),
                 tuple(map(int, conv.padding)),
