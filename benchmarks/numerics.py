@@ -3,8 +3,8 @@
     python benchmarks/numerics.py
     python benchmarks/numerics.py --device cuda --dtype float32,bfloat16,float16 --json numerics.json
 
-For each network and type: the relative error ||scores - reference|| / ||reference|| of each clip, and how often the best
-class and the five best classes are the reference's. The reference is eager float64 for float32, and eager float32 for
+For each network and type: the relative error ||scores - reference|| / ||reference|| of each clip, and how often the
+best class and the five best classes are the reference's. The reference is eager float64 for float32, and eager float32 for
 the 16-bit types; eager is the plain network with its weights in the type. Weights and clips are random, see
 `variants.create_network`. Exit status: 0; 1 if the engine's mean error is more than a tenth above eager's; 2 for bad
 options.
@@ -64,7 +64,9 @@ def compare(scores: Tensor, reference: Tensor) -> dict[str, float]:
     scores, reference = scores.double().cpu(), reference.double().cpu()
     errors = torch.linalg.vector_norm(scores - reference, dim=1) / torch.linalg.vector_norm(reference, dim=1)
     best, expected = (each.topk(min(5, each.shape[1])).indices for each in (scores, reference))
-    same = [len(set(one.tolist()) & set(other.tolist())) / best.shape[1] for one, other in zip(best, expected, strict=True)]
+    same = [
+        len(set(one.tolist()) & set(other.tolist())) / best.shape[1] for one, other in zip(best, expected, strict=True)
+    ]
     return {
         "mean_error": float(errors.mean()),
         "largest_error": float(errors.max()),
