@@ -4,8 +4,8 @@
     python benchmarks/numerics.py --device cuda --dtype float32,bfloat16,float16 --json numerics.json
 
 For each network and type: the relative error ||scores - reference|| / ||reference|| of each clip, and how often the
-best class and the five best classes are the reference's. The reference is eager float64 for float32, and eager float32 for
-the 16-bit types; eager is the plain network with its weights in the type. Weights and clips are random, see
+best class and the five best classes are the reference's. The reference is eager float64 for float32, and eager float32
+for the 16-bit types; eager is the plain network with its weights in the type. Weights and clips are random, see
 `variants.create_network`. Exit status: 0; 1 if the engine's mean error is more than a tenth above eager's; 2 for bad
 options.
 """

@@ -40,7 +40,8 @@ class Variant:
         ours: "accelerate" or "engine", through which of the two it runs; "" for neither.
         openvino: OpenVINO's compiled model, float32 or bfloat16.
         without: packages that it runs without, in a process of its own. On a CPU an engine always has one: it
-            changes how its process keeps freed memory, which would help the others too.
+            changes how its process keeps freed memory, which would help the others too. So has OpenVINO, whose threads
+            are not torch's.
         default_on: types of devices on which it runs unless ``--variants`` says otherwise.
     """
 
@@ -177,7 +178,7 @@ def prepare(
     held = torch.cuda.memory_allocated(device) if on_cuda else 0
     start = time.perf_counter()
     try:
-        if variant.ours == "engine" and not on_cuda:
+        if (variant.ours == "engine" and not on_cuda) or variant.openvino:
             call = Isolated(_build, (variant, model, clip, dtype, device), variant.without)
             blocks = call.known
         else:
