@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
-from typing import Any
 
 from ..evaluation import evaluate
-from ..training import RunOptions, TrainingError, apply_overrides, read_config, starting_weights, train, zoo_config
+from ..training import RunOptions, TrainingError, starting_weights, train
 from ..training.distributed import LAUNCHERS
 from ..training.step import AMP_DTYPES
+from .configuration import CONFIG_HELP, resolve
 
 _DESCRIPTION = """\
 Train a network of the zoo, or one of your own configuration, on one device or under torchrun on many:
@@ -41,7 +40,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="zoo name (see slowfast-ext zoo), or a .py or .json file with mmaction2's keys, read and never run",
+        help=CONFIG_HELP,
     )
     parser.add_argument("--work-dir", metavar="DIR", help="folder of the results (default: work_dirs/<config>)")
     parser.add_argument(
@@ -112,16 +111,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"slowfast-ext train: error: {error}", file=sys.stderr)
         return 1
     return 130 if stopped == signal.SIGINT else 0
-
-
-def resolve(config: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
-    """A configuration with its overrides, and its name.
-
-    A path that does not exist stands for the zoo's configuration of that name, as in
-    ``configs/recognition/slowfast/<name>.py``.
-    """
-    path = Path(config)
-    if path.suffix in (".py", ".json") and path.is_file():
-        return apply_overrides(read_config(path), overrides), path.stem
-    name = path.name.removesuffix(".py").replace("_perbn_", "_prebn_")
-    return apply_overrides(zoo_config(name), overrides), name
