@@ -178,10 +178,9 @@ def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes:
     part, done = None, {}
     if test.out:
         part = PartFile(test.out, processes.rank, _identity(test, settings, checkpoint, dataset, engine))
-        mine = part.read()
-        for rows in processes.gather(mine):
+        for rows in processes.gather(part.read()):  # all have read before one begins
             done |= rows
-        part.begin(mine)
+        part.begin()
     left = [index for index in range(len(dataset)) if index not in done]
     mine = left[processes.rank :: processes.world_size]
     scored, errors = {}, {}

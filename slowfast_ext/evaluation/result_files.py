@@ -109,28 +109,16 @@ class PartFile:
         """Scores by index, of all parts that lie beside the results, however many processes wrote them.
 
         Raises:
-            ValueError: a part was written with other settings; the message names the first.
+            ValueError: a part was written with other settings; the message names the first that differs.
         """
         rows: dict[int, np.ndarray] = {}
         for path in self._paths():
-            first, *lines = path.read_text(encoding="utf-8").split("\n")
-            try:
-                written = json.loads(first)
-            except json.JSONDecodeError:  # killed before the first line was whole
-                continue
-            for name, value in self.settings.items():
-                if not isinstance(written, dict) or written.get(name) != value:
-                    raise ValueError(
-                        f"--out: '{path}' must be of the same test to go on with it, got one with another {name}; "
-                        "delete it to begin anew"
-                    )
-            for line in lines[:-1]:  # the last is empty, or cut short
-                row = json.loads(line)
-                rows[row["index"]] = np.asarray(row["scores"], np.float32)
+            rows |= self._rows(path)
         return rows
 
-    def begin(self, rows: dict[int, np.ndarray]) -> None:
-        """Start the file of this process with what is known; whole again if a killed run left half a line."""
+    def begin(self) -> None:
+        """Open the part of this process, to go on behind the last whole line."""
+        rows = self._rows(self.path) if self.path.exists() else {}
         with written_then_renamed(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self.settings) + "\n")
             file.writelines(self._line(index, scores) for index, scores in rows.items())
@@ -150,6 +138,20 @@ class PartFile:
         self.close()
         for path in self._paths():
             path.unlink(missing_ok=True)
+
+    def _rows(self, path: Path) -> dict[int, np.ndarray]:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+        if not lines:  # killed before the first line was whole
+            return {}
+        written = json.loads(first)
+        for name, value in self.settings.items():
+            if written.get(name) != value:
+                raise ValueError(
+                    f"--out: '{path}' must be of the same test to go on with it, got one with another {name}; "
+                    "delete it to begin anew"
+                )
+        rows = map(json.loads, lines[:-1])  # the last one is empty, or cut short
+        return {row["index"]: np.asarray(row["scores"], np.float32) for row in rows}
 
     def _paths(self) -> list[Path]:
         return sorted(
