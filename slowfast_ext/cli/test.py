@@ -135,7 +135,7 @@ class Test:
             raise ValueError("--engine must be given without --no-engine and --no-accelerate, got both")
         views = number_of_views(settings)
         if self.metrics and settings.model.average_clips is None and views > 1:
-            raise ValueError(f"--eval must have one score a video, got --average-clips none with {views} views")
+            raise ValueError(f"test: metrics must have one score a video, got average_clips none with {views} views")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ def test_views_are_averaged_as_asked_for(folder, tmp_path, capsys):
     assert len(each) == 4 * VIEWS
     _assert_close(each[VIEWS : 2 * VIEWS], logits)
     assert _test(folder, "--average-clips", "none", "--eval", "top_k_accuracy", *listed) == 2
-    assert "--eval must have one score a video, got --average-clips none with 6 views" in capsys.readouterr().err
+    assert "metrics must have one score a video, got average_clips none with 6 views" in capsys.readouterr().err
 
 
 def test_an_interrupted_test_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):

@@ -62,6 +62,21 @@ def test_real_videos_are_trained_on_and_validated(folder):
     assert model.config.num_classes == 2
 
 
+def test_the_last_and_the_best_weights_are_tested_when_training_is_done(folder, capsys):
+    """``best`` are those of the first epoch: the second, with a rate of nearly 0, can only be equal."""
+    (folder / "val.txt").write_text("0.mp4 0\n1.mp4 1\n")
+    options = ("--validate", "--seed", "1", "--test-last", "--test-best")
+    assert _train(folder, *options, "--cfg-options", "lr_config.policy=step", "lr_config.step=[1]",
+                  "lr_config.gamma=1e-9") == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.findall("test of .*/run/(.*)", printed) == ["epoch_2.pth", "best_top1_acc_epoch_1.pth"]
+    assert printed.count("mean_class_accuracy: ") >= 2
+    again = folder / "again.pkl"
+    for what, checkpoint in (("last", "epoch_2.pth"), ("best", "best_top1_acc_epoch_1.pth")):
+        assert main(["test", str(folder / "my.py"), str(folder / "run" / checkpoint), "--out", str(again)]) == 0
+        assert again.read_bytes() == (folder / "run" / f"{what}_pred.pkl").read_bytes()
+
+
 def test_a_loader_process_that_dies_changes_nothing(folder, monkeypatch):
     """Its videos are read again by another process; the weights are those of a run in which it lived."""
     step, killed = TrainingStep.__call__, []
@@ -100,6 +115,8 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, capsys):
     assert "must be KEY=VALUE" in _error(capsys, folder, "--cfg-options", "lr")
     assert "--resume-from must be auto or an existing file" in _error(capsys, folder, "--resume-from", "no.pth")
     assert "--launcher pytorch: the environment must have" in _error(capsys, folder, "--launcher", "pytorch")
+    assert "--test-best must be given with --validate" in _error(capsys, folder, "--test-best")
+    assert "must have data.test, got none" in _error(capsys, folder, "--test-last", "--cfg-options", "data.test=none")
     assert not (folder / "run").exists()
     (folder / "train.txt").write_text("0.mp4 0\n1.mp4 2\n")
     assert f"{folder / 'train.txt'}, line 2: label must be in [0, 2), got 2" in _error(capsys, folder)
