@@ -26,7 +26,7 @@ from ..evaluation.inference import PlainEngine, fold_batch_norms, prepare
 from ..evaluation.result_files import SUFFIXES, PartFile, check_suffix, write_results
 from ..evaluation.testing import score_videos
 from ..models import SlowFastRecognizer, build_model
-from ..training import TrainingSettings, read_settings
+from ..training import TrainingError, TrainingSettings, read_settings
 from ..training.batches import make_dataset
 from ..training.distributed import LAUNCHERS, Processes, start_processes
 from .arguments import DTYPES, add_engine_options, warn
@@ -53,7 +53,8 @@ videos that is recognised.
 CHECKPOINT may come from mmaction2, PySlowFast or pytorchvideo. The configuration says which clips are seen; frames of
 the slow pathway, normalisation, pooling and the places of clips and crops are those of the code base of the weights.
 
-Exit status: 0; 1 if a video could not be read; 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
+Exit status: 0; 1 if a video could not be read or memory ran out; 2 if the arguments are wrong, before any work; 130
+after Ctrl-C.
 """
 # What a code base does in its own way, and the weights rely on.
 _HABITS = ("frame_sampling", "normalization", "head_pooling")
@@ -99,8 +100,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--fuse-conv-bn",
         action="store_true",
-        help="fold batch norms into the convolutions before them: to be asked for with --no-accelerate, done in any "
-        "case without it",
+        help="fold batch norms into the convolutions before them; the engine and the fused modules always do, so this "
+        "is for --no-accelerate",
     )
     parser.add_argument(
         "--engine", action="store_true", help="fail where the prepared plan, the default, cannot be; not go on without"
@@ -159,7 +160,11 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isfile(args.checkpoint):
         raise FileNotFoundError(f"test: CHECKPOINT must be an existing file, got '{args.checkpoint}'")
     processes = start_processes(args.launcher)
-    failed = run_test(test, settings, args.checkpoint, processes)
+    try:
+        failed = run_test(test, settings, args.checkpoint, processes)
+    except TrainingError as error:
+        print(f"slowfast-ext test: error: {error}", file=sys.stderr)
+        return 1
     processes.close()  # not after an error: the others may be waiting for this one, and it for them
     return int(failed > 0)
 
@@ -170,7 +175,14 @@ def number_of_views(settings: TrainingSettings) -> int:
 
 
 def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes: Processes) -> int:
-    """Test a checkpoint; the main process writes and prints. Returns how many videos could not be read."""
+    """Test a checkpoint; the main process writes and prints.
+
+    Returns:
+        how many videos could not be read.
+
+    Raises:
+        TrainingError: the test could not go on.
+    """
     model, settings = _load(settings, checkpoint, test.command if processes.is_main else None)
     dataset = make_dataset(settings.test, settings.model.network.num_classes, 0)
     engine = _prepare(model, processes, test, settings)
@@ -206,10 +218,13 @@ def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes:
                     message = f"'{dataset.path(video.index)}': {video.error}"
                     tqdm.write(f"slowfast-ext {test.command}: error: {message}", file=sys.stderr)
                 progress.update(processes.world_size)
-    except BaseException:
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the views must fit the GPU's memory, got too many at a time: --max-testing-views"
+        ) from error
+    finally:
         if part:
             part.close()
-        raise
     for rows, failures in processes.gather((scored, errors)):
         done |= rows
         errors |= failures
@@ -219,7 +234,6 @@ def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes:
             print(f"written: {test.out} ({len(dataset)} videos)")
         _print_metrics(test, dataset, done, errors)
     if part:
-        part.close()
         processes.from_main(None)  # the results are written: the parts can go
         part.remove()
     return len(errors)

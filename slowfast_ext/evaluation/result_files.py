@@ -135,7 +135,6 @@ class PartFile:
 
     def remove(self) -> None:
         """Delete all parts: the results are written."""
-        self.close()
         for path in self._paths():
             path.unlink(missing_ok=True)
 

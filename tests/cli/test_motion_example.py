@@ -7,11 +7,21 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 
 from slowfast_ext.cli import main
 from slowfast_ext.data import read_annotations
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "motion"
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other on busy processors make a network of this size many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,7 @@ def test_both_forms_of_the_lists_name_the_same_videos(folder):
         assert (video.streams.video[0].codec_context.name, video.streams.video[0].frames) == ("h264", 24)
 
 
-def test_a_small_network_learns_motion_from_scratch(folder, monkeypatch, capsys):
+def test_a_small_network_learns_motion_from_scratch(folder, one_thread, monkeypatch, capsys):
     """In six epochs of twelve batches far above chance, one in six; the example itself goes on for longer."""
     monkeypatch.chdir(folder)
     config = str(EXAMPLE / "slowfast_motion.py")

@@ -22,6 +22,7 @@ import slowfast_ext
 from slowfast_ext.cli import main
 from slowfast_ext.data import ViewPlan, normalize, read_views
 from slowfast_ext.evaluation.result_files import PartFile, read_results
+from slowfast_ext.evaluation.testing import VideoScores
 from slowfast_ext.models import UNIFORM
 from slowfast_ext.training import read_config, read_settings
 
@@ -200,6 +201,17 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, tmp_path, capsys):
         *evaluate, "--cfg-options", "model.backbone.slow_pathway.lateral_norm=True"
     )
     assert "no/list.txt" in error(*evaluate, "--cfg-options", "data.test.ann_file=no/list.txt")
+
+
+def test_too_little_memory_is_told_and_what_is_done_stays(folder, tmp_path, monkeypatch, capsys):
+    def scarce(*arguments, **options):
+        yield VideoScores(0, np.zeros(2, np.float32))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(slowfast_ext.cli.test, "score_videos", scarce)
+    assert _test(folder, "--out", tmp_path / "r.json") == 1
+    assert "got too many at a time: --max-testing-views" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json.part0"]
 
 
 def test_a_list_of_unreadable_videos_has_no_metrics(folder, tmp_path, capsys):

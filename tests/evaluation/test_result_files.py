@@ -64,6 +64,7 @@ def test_parts_of_any_number_of_processes_are_put_together(tmp_path):
     assert np.array_equal(rows[4], np.float32([4, 1 / 3]))
     part.begin()
     part.add(5, np.float32([5, 5]))
+    part.close()
     assert json.loads(part.path.read_text().splitlines()[1])["index"] == 4
     part.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["r.json.partial"]
