@@ -42,6 +42,8 @@ class LoadReport:
         unexpected: entries of the file, under its own names, that have no place in the model.
         mismatched: entries that are in both with different shapes.
         notes: what else is worth knowing, a sentence each.
+        differing: what the weights were trained with, by its name in :class:`~slowfast_ext.models.SlowFastConfig`,
+            where a given model has something else.
     """
 
     path: str
@@ -51,6 +53,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[Mismatch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    differing: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.source_format} checkpoint, {len(self.matched)} entries loaded"]
@@ -112,11 +115,14 @@ def load_checkpoint(
         _require_whole_backbone(report)
     else:
         _copy(weights, model, report)
-        differing = _differing_behaviour(file, source, weights, model)
-        report.notes += differing
+        report.differing = _differing_behaviour(file, source, weights, model)
+        report.notes += [
+            f"the weights were trained with {name}={value}, the model has {getattr(model.config, name)}"
+            for name, value in report.differing.items()
+        ]
         expected = set(_CLASSIFIER) if num_classes is not None else set()
         odd = {*report.missing, *(mismatch.name for mismatch in report.mismatched)} - expected
-        if odd or differing:
+        if odd or report.differing:
             warnings.warn(str(report), stacklevel=2)
     model.load_report = report
     return model
@@ -200,18 +206,14 @@ def _require_whole_backbone(report: LoadReport):
         raise ValueError(f"load_checkpoint: the file must hold a whole network, got\n{report}")
 
 
-def _differing_behaviour(file: CheckpointFile, source: str, weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+def _differing_behaviour(file: CheckpointFile, source: str, weights: dict[str, Tensor], model: nn.Module) -> dict:
     """What the weights were trained with and the model does not do."""
     config = getattr(model, "config", None)
     if not isinstance(config, SlowFastConfig):
-        return []
+        return {}
     try:
         description = describe(weights, source, read_settings(file.extras, source)[0])
     except ValueError:  # the file holds only part of a network; what fits is in the report
-        return []
+        return {}
     wanted = {name: getattr(description.config, name) for name in _BEHAVIOUR if name not in description.assumed}
-    return [
-        f"the weights were trained with {name}={value}, the model has {getattr(config, name)}"
-        for name, value in wanted.items()
-        if value != getattr(config, name)
-    ]
+    return {name: value for name, value in wanted.items() if value != getattr(config, name)}

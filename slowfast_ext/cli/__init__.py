@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import check_videos, convert, export, features, predict, predict_archive, train, zoo
+from . import check_videos, convert, export, features, predict, predict_archive, report, test, train, zoo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="slowfast-ext", description="SlowFast video recognition.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, predict, features, predict_archive, export, check_videos, convert, zoo):
+    for command in (train, test, report, predict, features, predict_archive, export, check_videos, convert, zoo):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

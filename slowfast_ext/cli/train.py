@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import evaluate
-from ..training import RunOptions, TrainingError, apply_overrides, read_config, starting_weights, train, zoo_config
-from ..training.distributed import LAUNCHERS
+from ..training import RunOptions, TrainingError, read_settings, starting_weights, train
+from ..training.checkpoint_files import CheckpointFolder
+from ..training.distributed import LAUNCHERS, Processes
 from ..training.step import AMP_DTYPES
+from .configuration import CONFIG_HELP, resolve
+from .test import Test, run_test
 
 _DESCRIPTION = """\
 Train a network of the zoo, or one of your own configuration, on one device or under torchrun on many:
@@ -23,10 +26,10 @@ first.
 _EPILOG = """\
 Written to the work dir: <config>.py, the configuration with all overrides; <time>.log; <time>.log.json, one JSON object
 a line, first the run, then "mode" train or val; epoch_N.pth after N epochs and epoch_N_iter_M.pth within one;
-latest.pth, a link; best_METRIC_epoch_N.pth.
+latest.pth, a link; best_METRIC_epoch_N.pth; last_pred.pkl and best_pred.pkl, scores of --test-last and --test-best.
 
 Exit status: 0, also after SIGTERM; 1 if the run could not go on (a loss that is not finite, lost data, a full disk at
-the end); 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
+the end) or a video of the test could not be read; 2 if the arguments are wrong, before any work; 130 after Ctrl-C.
 """
 
 
@@ -41,7 +44,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="zoo name (see slowfast-ext zoo), or a .py or .json file with mmaction2's keys, read and never run",
+        help=CONFIG_HELP,
     )
     parser.add_argument("--work-dir", metavar="DIR", help="folder of the results (default: work_dirs/<config>)")
     parser.add_argument(
@@ -55,6 +58,8 @@ def add_parser(subparsers) -> None:
         help="start from the weights of any SlowFast checkpoint; with other classes the classifier is made anew",
     )
     parser.add_argument("--validate", action="store_true", help="validate during training and keep the best weights")
+    parser.add_argument("--test-last", action="store_true", help="test the last weights, as slowfast-ext test does")
+    parser.add_argument("--test-best", action="store_true", help="test the best weights (with --validate)")
     parser.add_argument("--seed", type=int, help="of all random numbers (default: a random one)")
     parser.add_argument("--diff-seed", action="store_true", help="add the process's rank to the seed")
     parser.add_argument("--deterministic", action="store_true", help="the same numbers from the same seed")
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         sync_bn=args.sync_bn,
         plot=args.plot,
     )
+    tests = _Tests(args, config)
     start = starting_weights(name)
     if start and not (args.load_from or args.resume_from or config.get("load_from")):
         print(
@@ -107,21 +113,48 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        stopped = train(config, name, options, evaluate)
+        stopped = train(config, name, options, evaluate, finish=tests)
     except TrainingError as error:
         print(f"slowfast-ext train: error: {error}", file=sys.stderr)
         return 1
-    return 130 if stopped == signal.SIGINT else 0
+    return 130 if stopped == signal.SIGINT else int(tests.failed > 0)
 
 
-def resolve(config: str, overrides: list[str]) -> tuple[dict[str, Any], str]:
-    """A configuration with its overrides, and its name.
+class _Tests:
+    """What --test-last and --test-best ask for, when the training is done.
 
-    A path that does not exist stands for the zoo's configuration of that name, as in
-    ``configs/recognition/slowfast/<name>.py``.
+    Attributes:
+        failed: videos that could not be read.
     """
-    path = Path(config)
-    if path.suffix in (".py", ".json") and path.is_file():
-        return apply_overrides(read_config(path), overrides), path.stem
-    name = path.name.removesuffix(".py").replace("_perbn_", "_prebn_")
-    return apply_overrides(zoo_config(name), overrides), name
+
+    def __init__(self, args: argparse.Namespace, config: dict[str, Any]):
+        self.last, self.best, self.failed = args.test_last, args.test_best, 0
+        if not (self.last or self.best):
+            return
+        self.settings = read_settings(config)
+        self.metrics = self.settings.evaluation.metrics
+        Test(metrics=self.metrics, command="train").check(self.settings)
+        if self.best and not (args.validate and self.settings.evaluation.save_best):
+            raise ValueError("--test-best must be given with --validate and evaluation.save_best, got it without")
+
+    def __call__(self, processes: Processes, work_dir: Path) -> None:
+        for wanted, what in ((self.last, "last"), (self.best, "best")):
+            if not wanted:
+                continue
+            checkpoint = processes.from_main(_checkpoint(work_dir, what) if processes.is_main else None)
+            if checkpoint is None:
+                raise TrainingError(f"--test-best must have a validation in the run, got none in '{work_dir}'")
+            if processes.is_main:
+                print(f"test of {checkpoint}")
+            test = Test(str(work_dir / f"{what}_pred.pkl"), self.metrics, command="train")
+            test.check(self.settings)
+            self.failed += run_test(test, self.settings, checkpoint, processes)
+
+
+def _checkpoint(work_dir: Path, what: str) -> str | None:
+    """The path of the last or the best weights of a run."""
+    last, content, _ = CheckpointFolder(work_dir).newest_sound()
+    if what == "last":
+        return str(last)
+    best = content["meta"]["hook_msgs"]["best_ckpt"]
+    return best and str(work_dir / best)

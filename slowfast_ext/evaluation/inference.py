@@ -12,6 +12,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from ..accelerate import accelerate as accelerate_model
 from ..data import VideoError, VideoViews, ViewPlan, normalize, read_views
@@ -98,6 +99,17 @@ def prepare(
     if accelerate:
         accelerate_model(model)
     return PlainEngine(model, dtype=dtype, max_views=max_views or default_views(device))
+
+
+def fold_batch_norms(model: SlowFastRecognizer) -> SlowFastRecognizer:
+    """Fold each batch norm of a plain network in evaluation mode into its convolution, in place; returns the network.
+
+    The inference engine and the fused modules do this by themselves.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "bn", None), nn.BatchNorm3d):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), None
+    return model
 
 
 def video_probabilities(engine: PlainEngine | InferenceEngine, views: VideoViews) -> Tensor:

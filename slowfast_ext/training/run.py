@@ -79,6 +79,7 @@ def train(
     options: RunOptions,
     metrics: Callable[[Tensor, Tensor, Sequence[str]], dict[str, float]],
     source: DataSource | None = None,
+    finish: Callable[[Processes, Path], None] | None = None,
 ) -> signal.Signals | None:
     """Train a network.
 
@@ -88,6 +89,7 @@ def train(
         options: see there.
         metrics: scores, labels and names of metrics to values; the validation's.
         source: of samples and batches.
+        finish: what all processes do together when the last epoch is done; called with them and the folder of the run.
 
     Returns:
         ``None`` when the last epoch is done; the signal that stopped the run before, after a checkpoint.
@@ -122,6 +124,8 @@ def train(
         stopped = _train(settings, options, metrics, source, processes, checkpoints, resumed, meta, log)
     finally:
         log.close()
+    if finish is not None and stopped is None:
+        finish(processes, work_dir)
     processes.close()  # not after an error: the others may be waiting for this one, and it for them
     return stopped
 

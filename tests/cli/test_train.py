@@ -8,42 +8,13 @@ import shutil
 import pytest
 import torch
 from sample_videos import write_video
+from small_recipe import CONFIG
 
 import slowfast_ext
 from slowfast_ext.cli import main
-from slowfast_ext.cli.train import resolve
+from slowfast_ext.cli.configuration import resolve
 from slowfast_ext.training import format_config, read_config
 from slowfast_ext.training.step import TrainingStep
-
-CONFIG = """
-clip = dict(type='SampleFrames', clip_len=8, frame_interval=1, num_clips=1)
-scale = dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_bgr=False)
-end = [scale, dict(type='FormatShape', input_format='NCTHW'), dict(type='Collect', keys=['imgs', 'label'])]
-train_pipeline = [
-    dict(type='DecordInit'), clip, dict(type='DecordDecode'),
-    dict(type='RandomResizedCrop'), dict(type='Resize', scale=(32, 32), keep_ratio=False),
-    dict(type='Flip', flip_ratio=0.5)] + end
-val_pipeline = [
-    dict(type='DecordInit'), dict(test_mode=True, **clip), dict(type='DecordDecode'),
-    dict(type='Resize', scale=(-1, 32)), dict(type='CenterCrop', crop_size=32)] + end
-root = 'ROOT'
-data = dict(
-    videos_per_gpu=2,
-    workers_per_gpu=1,
-    train=dict(type='VideoDataset', ann_file=f'{root}/train.txt', data_prefix=root, pipeline=train_pipeline),
-    val=dict(type='VideoDataset', ann_file=f'{root}/val.txt', data_prefix=root, pipeline=val_pipeline))
-model = dict(
-    type='Recognizer3D',
-    backbone=dict(
-        type='ResNet3dSlowFast', resample_rate=4, speed_ratio=4, channel_ratio=8,
-        slow_pathway=dict(type='resnet3d', depth=18, base_channels=8, lateral=True),
-        fast_pathway=dict(type='resnet3d', depth=18, base_channels=1, lateral=False)),
-    cls_head=dict(type='SlowFastHead', num_classes=2, dropout_ratio=0.5))
-optimizer = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4)
-optimizer_config = dict(grad_clip=dict(max_norm=40, norm_type=2))
-lr_config = dict(policy='CosineAnnealing', min_lr=0)
-total_epochs = 2
-"""
 
 
 @pytest.fixture
@@ -91,6 +62,21 @@ def test_real_videos_are_trained_on_and_validated(folder):
     assert model.config.num_classes == 2
 
 
+def test_the_last_and_the_best_weights_are_tested_when_training_is_done(folder, capsys):
+    """``best`` are those of the first epoch: the second, with a rate of nearly 0, can only be equal."""
+    (folder / "val.txt").write_text("0.mp4 0\n1.mp4 1\n")
+    options = ("--validate", "--seed", "1", "--test-last", "--test-best")
+    assert _train(folder, *options, "--cfg-options", "lr_config.policy=step", "lr_config.step=[1]",
+                  "lr_config.gamma=1e-9") == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.findall("test of .*/run/(.*)", printed) == ["epoch_2.pth", "best_top1_acc_epoch_1.pth"]
+    assert printed.count("mean_class_accuracy: ") >= 2
+    again = folder / "again.pkl"
+    for what, checkpoint in (("last", "epoch_2.pth"), ("best", "best_top1_acc_epoch_1.pth")):
+        assert main(["test", str(folder / "my.py"), str(folder / "run" / checkpoint), "--out", str(again)]) == 0
+        assert again.read_bytes() == (folder / "run" / f"{what}_pred.pkl").read_bytes()
+
+
 def test_a_loader_process_that_dies_changes_nothing(folder, monkeypatch):
     """Its videos are read again by another process; the weights are those of a run in which it lived."""
     step, killed = TrainingStep.__call__, []
@@ -128,6 +114,8 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, capsys):
     assert "must be KEY=VALUE" in _error(capsys, folder, "--cfg-options", "lr")
     assert "--resume-from must be auto or an existing file" in _error(capsys, folder, "--resume-from", "no.pth")
     assert "--launcher pytorch: the environment must have" in _error(capsys, folder, "--launcher", "pytorch")
+    assert "--test-best must be given with --validate" in _error(capsys, folder, "--test-best")
+    assert "must have data.test, got none" in _error(capsys, folder, "--test-last", "--cfg-options", "data.test=none")
     assert not (folder / "run").exists()
     (folder / "train.txt").write_text("0.mp4 0\n1.mp4 2\n")
     assert f"{folder / 'train.txt'}, line 2: label must be in [0, 2), got 2" in _error(capsys, folder)
