@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -88,7 +89,10 @@ class Tuner:
         del expected
         if not runners:
             raise RuntimeError(f"InferenceEngine: no kernel computes {key} right; please report this")
-        times = {candidate.name: 1e3 * self._seconds(candidate) for candidate in runners}
+        times = dict.fromkeys((candidate.name for candidate in runners), math.inf)
+        for _ in range(ROUNDS):  # in turns, so that a change of the clock falls on all of them
+            for candidate in runners:
+                times[candidate.name] = min(times[candidate.name], 1e3 * self._seconds(candidate))
         best = min(times, key=times.get)
         entry = {"kernel": best, "candidates": names, "milliseconds": {name: round(t, 5) for name, t in times.items()}}
         self._known[key] = self._new[key] = entry
@@ -127,15 +131,15 @@ class Tuner:
 
     def _seconds(self, candidate: Candidate) -> float:
         if self.device.type != "cuda":
-            return min(_timed(candidate.run) for _ in range(ROUNDS))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * ROUNDS)]
-        candidate.run()
-        for start, end in zip(events[::2], events[1::2], strict=True):
-            start.record()
+            start = time.perf_counter()
             candidate.run()
-            end.record()
-        torch.cuda.synchronize(self.device)
-        return min(start.elapsed_time(end) for start, end in zip(events[::2], events[1::2], strict=True)) / 1e3
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        candidate.run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def _read(self) -> dict[str, dict]:
         """The entries of the file by machine; empty if there is none, or, with a warning, if it is not one of ours."""
@@ -151,12 +155,6 @@ class Tuner:
             warnings.warn(f"autotune: '{self._path}' is ignored: not in the format of this version", stacklevel=3)
             return {}
         return entries
-
-
-def _timed(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _times(milliseconds: object) -> str:
