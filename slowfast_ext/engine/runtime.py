@@ -30,7 +30,7 @@ _FREE_SHARE = 0.8  # of a GPU's free memory that the views of a video may take
 class InferenceEngine:
     """A SlowFast recogniser, prepared for inference: one plan for each shape of clip, nothing between its kernels.
 
-    Weights are folded with their batch norms in float32, rounded once to ``dtype`` and laid out for the kernels; the
+    Weights are folded with their batch norms in float64, rounded once to ``dtype`` and laid out for the kernels; the
     engine is a snapshot, and neither keeps the model nor follows its changes. The first clip of a shape is planned
     (seconds), the plans of the last 8 shapes are kept. On a GPU all tensors of a plan lie in one arena, the pathways
     run on two streams and the whole is a CUDA graph. On a CPU the layers run in oneDNN, or the network in OpenVINO if

@@ -50,6 +50,8 @@ def conv3d_bn_relu(
     ``torch.backends.cudnn`` allows it, as torch's own do, and three TF32 products a term elsewhere. A batch norm in
     evaluation mode belongs into weight and bias: see :func:`fold_batch_norm`.
 
+    On a CPU, in float32, the ReLU is oneDNN's, which makes 0 of NaN; everywhere else NaN stays NaN.
+
     Args:
         x (Tensor[N, C, T, H, W]): float32, float16, bfloat16, on a CPU also float64; any strides, fastest in
             channels_last_3d with a C that fills 16 bytes.
