@@ -36,7 +36,8 @@ def markdown(document: dict) -> str:
                 f"({row['p10_ms']:.0f} to {row['p90_ms']:.0f}) | {row['speedup_over_eager_float32']:.2f}x | {memory} | "
                 f"{row['relative_error']:.0e} |"
             )
-    return "\n".join(lines)
+    missing = [f"{row['description']} in {row['dtype']}" for row in document["variants"] if row["status"] != "timed"]
+    return "\n".join([*lines, "", f"Not timed, because it failed: {'; '.join(missing)}."] if missing else lines)
 
 
 if __name__ == "__main__":
