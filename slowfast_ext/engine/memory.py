@@ -39,18 +39,15 @@ def lifetimes(steps: Sequence[Step]) -> dict[str, list[Lifetime]]:
             last[value.buffer] = index
             pathways.setdefault(value.buffer, set()).add(step.pathway)
     final = len(steps) - 1
+    written = {value.buffer for step in steps for value in step.outputs}
     for buffer in first:
-        if last[buffer] == final or not any(buffer in step.outputs or _joins(step, buffer) for step in steps):
+        if last[buffer] == final or buffer not in written:
             groups["both"].append(Lifetime(buffer, 0, final))
         elif len(pathways[buffer]) == 2:
             groups["slow"].append(Lifetime(buffer, 0, last[buffer]))
         else:
             groups[pathways[buffer].pop()].append(Lifetime(buffer, first[buffer], last[buffer]))
     return groups
-
-
-def _joins(step: Step, buffer: Value) -> bool:
-    return any(value.buffer is buffer for value in step.outputs)
 
 
 def place(group: Sequence[Lifetime]) -> tuple[dict[str, int], int]:

@@ -191,7 +191,7 @@ class _Drawing:
         return Value(name, shape, self.network.dtype) if joined is None else joined.channels(name, 0, shape[1])
 
     def stem(self, stem: Convolution, clip: Value, frames: int, pathway: str, joined: Value | None) -> Value:
-        n, _, height, width = (clip.shape[0], 0, *(clip.shape[2:4] if clip.dtype == torch.uint8 else clip.shape[3:]))
+        n, (height, width) = clip.shape[0], clip.shape[2:4] if clip.dtype == torch.uint8 else clip.shape[3:]
         channels = stem.weight.shape[0]
         output = self.place(stem.name, (n, channels, frames, _quarter(height), _quarter(width)), joined)
         shape = stem.output_shape((n, 3, frames, height, width))
