@@ -1,6 +1,12 @@
 """The operators. Each is one file: schema, docstring, reference, fake kernel, gradient and autocast rule."""
 
 from .. import _library
+from .batch_norm import (
+    batch_norm_apply,
+    batch_norm_apply_gradient,
+    batch_norm_reduce_gradient,
+    batch_norm_statistics,
+)
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .conv3d_bn_relu_pair import conv3d_bn_relu_pair, conv3d_bn_relu_pair_reference
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
@@ -9,6 +15,10 @@ from .pool_head import pool_head, pool_head_reference
 from .stem import stem, stem_reason_against, stem_reference
 
 __all__ = [
+    "batch_norm_apply",
+    "batch_norm_apply_gradient",
+    "batch_norm_reduce_gradient",
+    "batch_norm_statistics",
     "conv3d_bn_relu",
     "conv3d_bn_relu_pair",
     "conv3d_bn_relu_pair_reference",

@@ -1,0 +1,306 @@
+"""The passes over memory that batch norm, an addition and ReLU need in training: two forwards, two backwards.
+
+Each statistic is that of a group of clips: with ``splits`` groups, clip n belongs to group n modulo ``splits``, as in
+sub-batch normalisation (Wu et al., "A Multigrid Method for Efficiently Training Video Models"); with one group it is
+ordinary batch norm. Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167. The operators have no gradients:
+:func:`~slowfast_ext.ops.batch_norm_relu` puts them together.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._library import lib
+from .common import accumulator_dtype, check, check_out
+
+_AFFINE = "Tensor mean, Tensor inverse_std, Tensor? weight, Tensor? bias"
+_GRADIENT = f"Tensor grad, Tensor x, {_AFFINE}, Tensor? y, bool relu"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+lib.define("batch_norm_statistics(Tensor x, int splits) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(f"batch_norm_apply(Tensor x, {_AFFINE}, Tensor? residual, bool relu) -> Tensor", tags=_TAGS)
+lib.define(f"batch_norm_apply.out(Tensor x, {_AFFINE}, Tensor? residual, bool relu, Tensor(a!) out) -> ()", tags=_TAGS)
+lib.define(f"batch_norm_reduce_gradient({_GRADIENT}) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(
+    f"batch_norm_apply_gradient({_GRADIENT}, Tensor? mean_grad, Tensor? mean_grad_normalized, bool residual)"
+    " -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def batch_norm_statistics(x: Tensor, splits: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in one pass, in the same order of sums each time.
+
+    Args:
+        x (Tensor[N, C, T, H, W]): float32, float16, bfloat16, on a CPU also float64; fastest in channels_last_3d.
+        splits: number of groups, a divisor of N.
+
+    Returns:
+        Two Tensor[splits, C] in float32 (float64 if ``x`` is); of no elements mean 0 and variance 0.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    return torch.ops.slowfast_ext.batch_norm_statistics(x, splits)
+
+
+def batch_norm_apply(
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``relu((x - mean) * inverse_std * weight + bias + residual)``, summed in float32 and rounded once.
+
+    Args:
+        x (Tensor[N, C, T, H, W]): as in :func:`batch_norm_statistics`.
+        mean, inverse_std (Tensor[splits, C]): of the groups; float32 (float64 if ``x`` is).
+        weight, bias (Tensor[C]): float32 (float64 if ``x`` is); 1 and 0 if None.
+        residual (Tensor[N, C, T, H, W]): dtype of ``x``, added before the ReLU.
+        relu: whether the ReLU is applied; NaN stays NaN.
+        out (Tensor[N, C, T, H, W]): where to write, dtype of ``x``: channels_last_3d, or a slice of the channels of
+            such a tensor. May be ``x`` itself, must not overlap it otherwise.
+
+    Returns:
+        Tensor[N, C, T, H, W]: ``out``, or a new tensor in channels_last_3d.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    if out is None:
+        return torch.ops.slowfast_ext.batch_norm_apply(x, mean, inverse_std, weight, bias, residual, relu)
+    torch.ops.slowfast_ext.batch_norm_apply.out(x, mean, inverse_std, weight, bias, residual, relu, out)
+    return out
+
+
+def batch_norm_reduce_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    y: Tensor | None = None,
+    *,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The sums of g and of g * (x - mean) * inverse_std over each group, g being ``grad`` where the ReLU let pass.
+
+    Args:
+        grad (Tensor[N, C, T, H, W]): of the result of :func:`batch_norm_apply`; dtype of ``x``.
+        x, mean, inverse_std, weight, bias, relu: as given to it.
+        y (Tensor[N, C, T, H, W]): its result. None: the sign is computed again from ``x``, which is right where there
+            was no residual.
+
+    Returns:
+        Two Tensor[splits, C] in float32 (float64 if ``x`` is); added up over the groups they are the gradients of bias
+        and weight.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    return torch.ops.slowfast_ext.batch_norm_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu)
+
+
+def batch_norm_apply_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    y: Tensor | None = None,
+    *,
+    relu: bool = True,
+    mean_grad: Tensor | None = None,
+    mean_grad_normalized: Tensor | None = None,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of ``x``, and of the residual, in one pass.
+
+    ``weight * inverse_std * (g - mean_grad - xhat * mean_grad_normalized)``, with xhat the normalised ``x`` and g as in
+    :func:`batch_norm_reduce_gradient`, which takes the same first arguments.
+
+    Args:
+        mean_grad, mean_grad_normalized (Tensor[splits, C]): its sums over the number of elements of a group; both
+            None where the statistics are constants.
+        residual: whether the residual's gradient, which is g, is wanted too.
+
+    Returns:
+        (Tensor[N, C, T, H, W], Tensor[N, C, T, H, W] or None): dtype of ``x``, channels_last_3d.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device.
+    """
+    grad_x, grad_residual = torch.ops.slowfast_ext.batch_norm_apply_gradient(
+        grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual
+    )
+    return grad_x, grad_residual if residual else None
+
+
+def _check_map(operator: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    check(operator, tensor.device == x.device, name, f"on the device of x, {x.device}", tensor.device)
+    check(operator, tensor.dtype == x.dtype, name, f"in the dtype of x, {x.dtype}", tensor.dtype)
+    check(operator, tuple(tensor.shape) == tuple(x.shape), name, tuple(x.shape), tuple(tensor.shape))
+
+
+def _check_splits(operator: str, x: Tensor, splits: int) -> None:
+    check(operator, x.dim() == 5, "x", "(N, C, T, H, W)", tuple(x.shape))
+    check(operator, x.is_floating_point(), "x", "floating point", x.dtype)
+    check(operator, splits > 0 and x.shape[0] % splits == 0, "splits", f"a divisor of the {x.shape[0]} clips", splits)
+
+
+def _check_affine(operator, x, mean, inverse_std, weight, bias, **maps) -> None:
+    """What all but the statistics check; ``maps``: of the shape of x, or None."""
+    _check = partial(check, operator)
+    _check(mean.dim() == 2 and mean.shape[0] > 0, "mean", "(splits, C)", tuple(mean.shape))
+    _check_splits(operator, x, mean.shape[0])
+    vectors = {"mean": (mean, (mean.shape[0], x.shape[1])), "inverse_std": (inverse_std, tuple(mean.shape))}
+    vectors |= {"weight": (weight, (x.shape[1],)), "bias": (bias, (x.shape[1],))}
+    for name, (vector, shape) in vectors.items():
+        if vector is not None:
+            _check(tuple(vector.shape) == shape, name, shape, tuple(vector.shape))
+            _check(vector.dtype == accumulator_dtype(x), name, accumulator_dtype(x), vector.dtype)
+            _check(vector.device == x.device, name, f"on the device of x, {x.device}", vector.device)
+    for name, tensor in maps.items():
+        if tensor is not None:
+            _check_map(operator, name, tensor, x)
+
+
+def _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y, mean_grad=None, mean_normalized=None):
+    _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
+    both = (mean_grad is None) == (mean_normalized is None)
+    check(operator, both, "mean_grad", "given exactly with mean_grad_normalized", "one of them")
+    for name, vector in (("mean_grad", mean_grad), ("mean_grad_normalized", mean_normalized)):
+        if vector is not None:
+            check(operator, tuple(vector.shape) == tuple(mean.shape), name, tuple(mean.shape), tuple(vector.shape))
+            check(operator, vector.dtype == mean.dtype, name, mean.dtype, vector.dtype)
+            check(operator, vector.device == x.device, name, f"on the device of x, {x.device}", vector.device)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _groups(x: Tensor, splits: int) -> Tensor:
+    """In the dtype of sums, as Tensor[N / splits, splits, C, T, H, W]."""
+    return x.to(accumulator_dtype(x)).unflatten(0, (x.shape[0] // splits, splits))
+
+
+def _of_groups(vector: Tensor) -> Tensor:
+    return vector.view(*vector.shape, 1, 1, 1)
+
+
+def batch_norm_statistics_reference(x: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    _check_splits("batch_norm_statistics", x, splits)
+    if x.numel() == 0:
+        return tuple(x.new_zeros((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
+    variance, mean = torch.var_mean(_groups(x, splits), (0, 3, 4, 5), correction=0)
+    return mean, variance
+
+
+def _normalized(x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    return (_groups(x, mean.shape[0]) - _of_groups(mean)) * _of_groups(inverse_std)
+
+
+def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Tensor[N / splits, splits, C, T, H, W] -> Tensor[N, C, T, H, W]."""
+    y = normalized.flatten(0, 1)
+    y = y if weight is None else y * weight.view(-1, 1, 1, 1)
+    return y if bias is None else y + bias.view(-1, 1, 1, 1)
+
+
+def batch_norm_apply_reference(x, mean, inverse_std, weight, bias, residual, relu) -> Tensor:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    _check_affine("batch_norm_apply", x, mean, inverse_std, weight, bias, residual=residual)
+    y = _affine(_normalized(x, mean, inverse_std), weight, bias)
+    y = y if residual is None else y + residual
+    y = y.relu() if relu else y
+    return _channels_last(y.to(x.dtype))
+
+
+def _passed(grad, normalized, weight, bias, y, relu) -> Tensor:
+    """``grad`` in the dtype of sums, zero where the ReLU did not let pass."""
+    grad = grad.to(accumulator_dtype(grad))
+    if not relu:
+        return grad
+    return torch.ops.aten.threshold_backward(grad, _affine(normalized, weight, bias) if y is None else y.to(grad), 0)
+
+
+def batch_norm_reduce_gradient_reference(grad, x, mean, inverse_std, weight, bias, y, relu) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    _check_gradient("batch_norm_reduce_gradient", grad, x, mean, inverse_std, weight, bias, y)
+    normalized = _normalized(x, mean, inverse_std)
+    passed = _groups(_passed(grad, normalized, weight, bias, y, relu), mean.shape[0])
+    return passed.sum((0, 3, 4, 5)), (passed * normalized).sum((0, 3, 4, 5))
+
+
+def batch_norm_apply_gradient_reference(
+    grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    _check_gradient(
+        "batch_norm_apply_gradient", grad, x, mean, inverse_std, weight, bias, y, mean_grad, mean_grad_normalized
+    )
+    normalized = _normalized(x, mean, inverse_std)
+    passed = _passed(grad, normalized, weight, bias, y, relu)
+    grad_x = _groups(passed, mean.shape[0])
+    if mean_grad is not None:
+        grad_x = grad_x - _of_groups(mean_grad) - normalized * _of_groups(mean_grad_normalized)
+    grad_x = _affine(grad_x * _of_groups(inverse_std), weight, None)
+    grad_residual = _channels_last(passed.to(x.dtype)) if residual else x.new_empty(0)
+    return _channels_last(grad_x.to(x.dtype)), grad_residual
+
+
+def batch_norm_apply_into_reference(x, mean, inverse_std, weight, bias, residual, relu, out) -> None:
+    """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
+    check_out("batch_norm_apply", x, out, list(x.shape))
+    out.copy_(batch_norm_apply_reference(x, mean, inverse_std, weight, bias, residual, relu))
+
+
+for _name, _reference in (
+    ("batch_norm_statistics", batch_norm_statistics_reference),
+    ("batch_norm_apply", batch_norm_apply_reference),
+    ("batch_norm_apply.out", batch_norm_apply_into_reference),
+    ("batch_norm_reduce_gradient", batch_norm_reduce_gradient_reference),
+    ("batch_norm_apply_gradient", batch_norm_apply_gradient_reference),
+):
+    lib.impl(_name, _reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("slowfast_ext::batch_norm_statistics", lib=lib)
+def _fake_statistics(x, splits):
+    _check_splits("batch_norm_statistics", x, splits)
+    return tuple(x.new_empty((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
+
+
+@torch.library.register_fake("slowfast_ext::batch_norm_apply", lib=lib)
+def _fake_apply(x, mean, inverse_std, weight, bias, residual, relu):
+    _check_affine("batch_norm_apply", x, mean, inverse_std, weight, bias, residual=residual)
+    return torch.empty_like(x, memory_format=torch.channels_last_3d)
+
+
+@torch.library.register_fake("slowfast_ext::batch_norm_apply.out", lib=lib)
+def _fake_apply_into(x, mean, inverse_std, weight, bias, residual, relu, out):
+    _check_affine("batch_norm_apply", x, mean, inverse_std, weight, bias, residual=residual)
+    check_out("batch_norm_apply", x, out, list(x.shape))
+
+
+@torch.library.register_fake("slowfast_ext::batch_norm_reduce_gradient", lib=lib)
+def _fake_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu):
+    _check_gradient("batch_norm_reduce_gradient", grad, x, mean, inverse_std, weight, bias, y)
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake("slowfast_ext::batch_norm_apply_gradient", lib=lib)
+def _fake_apply_gradient(grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual):
+    operator = "batch_norm_apply_gradient"
+    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y, mean_grad, mean_grad_normalized)
+    like_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    return like_x, torch.empty_like(like_x) if residual else x.new_empty(0)
