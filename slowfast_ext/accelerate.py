@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ._library import unavailable_reason
-from .models import BasicBlock3d, Bottleneck3d, ConvBNReLU3d, Lateral, SlowFastBackbone, SlowFastHead, Stem
+from .models import (
+    BasicBlock3d,
+    Bottleneck3d,
+    ConvBNReLU3d,
+    Lateral,
+    SlowFastBackbone,
+    SlowFastHead,
+    Stem,
+    SubBatchNorm3d,
+    SyncBatchNorm3d,
+)
 from .nn import (
     FusedBasicBlock3d,
     FusedBlock,
@@ -26,6 +36,7 @@ from .nn import (
 from .nn.block import TWINS
 from .nn.conv import convolution_reason
 from .nn.program import NOTHING_FOLLOWS
+from .nn.training import NORMS, sub_batch_state, synchronised_state
 
 TWINS.update(
     {
@@ -38,6 +49,7 @@ TWINS.update(
         Stem: FusedStem,
     }
 )
+NORMS.update({SubBatchNorm3d: sub_batch_state, SyncBatchNorm3d: synchronised_state})
 
 
 NOT_ACCELERATED = "not accelerated: where left it out, or accelerate() was not called"
@@ -111,10 +123,11 @@ def accelerate(
 
     A twin has the block's children under their names, so that state-dict keys, optimisers and checkpoints are not
     concerned. In evaluation mode without gradients of parameters it computes the block's result with the batch norms
-    folded; otherwise it runs the block's own forward. Changed weights are noticed, except those edited through
-    ``parameter.data``, which torch does not tell. The outermost block that can be fused is replaced; inside one that is
-    kept the search goes on, as it does inside the backbone, whose twin joins those of its blocks. Accelerating again
-    changes nothing that is fused.
+    folded. Otherwise it runs the block's own forward, or, in the mode "training", one that keeps one tensor for each
+    convolution instead of two; its gradients cannot be differentiated again. Changed weights are noticed, except those
+    edited through ``parameter.data``, which torch does not tell. The outermost block that can be fused is replaced;
+    inside one that is kept the search goes on, as it does inside the backbone, whose twin joins those of its blocks.
+    Accelerating again changes nothing that is fused but the mode.
 
     Blocks are those of :mod:`slowfast_ext.models`, and modules of any class in whose forward :mod:`torch.fx` finds
     convolutions with a batch norm, an addition or a ReLU after them. A convolution outside of blocks is kept and has
@@ -122,7 +135,8 @@ def accelerate(
 
     Args:
         model: any module.
-        mode: "inference"; "training" is refused: there is no fused operator for the statistics of a batch.
+        mode: "inference" or "training". Blocks that have no twin for training, such as those of other libraries, train
+            by their own forward; :func:`explain` says which.
         where: called with name and module of each candidate; where it returns false, the candidate is kept.
         strict: raise, before anything is replaced, if a candidate that ``where`` admits cannot be fused, or if there
             is no candidate at all.
@@ -136,9 +150,8 @@ def accelerate(
     Without ``strict`` the same occasions give one warning a call, with the most common reason.
     """
     _check_module("accelerate", model)
-    if mode != "inference":
-        hint = ": training runs on the plain blocks, accelerated or not" if mode == "training" else ""
-        raise ValueError(f"accelerate: mode must be 'inference', got {mode!r}{hint}")
+    if mode not in ("inference", "training"):
+        raise ValueError(f"accelerate: mode must be 'inference' or 'training', got {mode!r}")
     if where is not None and not callable(where):
         raise TypeError(f"accelerate: where must be a function of name and module, got {type(where).__name__}")
     candidates = list(_find(model, where or (lambda name, module: True)))
@@ -163,7 +176,11 @@ def accelerate(
         for _, module, reason, wanted in candidates
         if wanted and reason is None and not isinstance(module, FusedBlock)
     ]
-    return _swap(model, {module: _fuse(module) for module in plain})
+    model = _swap(model, {module: _fuse(module) for module in plain})
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            module.trains = mode == "training"
+    return model
 
 
 def explain(model: nn.Module) -> Report:

@@ -1,5 +1,6 @@
 """SlowFast in plain PyTorch: the networks every fused path is compared with."""
 
+from .batch_norm import SubBatchNorm3d, SyncBatchNorm3d
 from .config import IMAGENET, UNIFORM, Normalization, PathwayConfig, SlowFastConfig, fast_pathway, slow_pathway
 from .head import SlowFastHead
 from .inflate import InflationReport, inflate_from_2d
@@ -25,6 +26,8 @@ __all__ = [
     "SlowFastHead",
     "SlowFastRecognizer",
     "Stem",
+    "SubBatchNorm3d",
+    "SyncBatchNorm3d",
     "ZooRow",
     "build_model",
     "fast_pathway",

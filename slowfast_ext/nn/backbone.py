@@ -15,7 +15,8 @@ class FusedSlowFastBackbone(FusedBlock):
 
     Each lateral connection gets a tensor into whose first channels the last block before it, or the stem, writes, and
     into whose others it writes itself. Blocks keep their hooks; where a block or lateral connection is not fused, or a
-    hook gives another tensor, that junction concatenates. While gradients may be recorded all of them do.
+    hook gives another tensor, that junction concatenates. In training the last block before a lateral connection
+    computes both, in one tensor; without a forward pass for training all junctions concatenate.
 
     Args:
         plain: a block with children ``slow_path`` and ``fast_path``, which have ``conv1``, ``stages`` and (the slow
@@ -48,6 +49,20 @@ class FusedSlowFastBackbone(FusedBlock):
             joined = _join(producer, x, selection, lateral, fast)
             producer, x = _last_block(slow_stage, joined)
             selection = {}
+            fast = fast_stage(fast)
+        return producer(x), fast
+
+    def _training_reason(self) -> str | None:
+        return self._children_reason(self)
+
+    def training_forward(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`fused_forward`."""
+        type(self.plain).check_clip(self, clip)
+        slow_path, fast_path = self.slow_path, self.fast_path
+        x, fast = type(self.plain).split(self, clip)
+        producer, fast = slow_path.conv1, fast_path.conv1(fast)
+        for lateral, slow_stage, fast_stage in zip(slow_path.laterals, slow_path.stages, fast_path.stages, strict=True):
+            producer, x = _last_block(slow_stage, _join_in_training(producer, x, lateral, fast))
             fast = fast_stage(fast)
         return producer(x), fast
 
@@ -92,3 +107,16 @@ def _join(producer: nn.Module, x: Tensor, selection: dict[str, Tensor], lateral:
     place = room[:, : producer.out_channels]
     slow = producer(x, **selection, out=place)
     return lateral(slow, fast, out=room) if slow is place else lateral(slow, fast)
+
+
+def _join_in_training(producer: nn.Module, x: Tensor, lateral: nn.Module, fast: Tensor) -> Tensor:
+    """``lateral(producer(x), fast)``; the producer computes both where it trains and the lateral connection can."""
+    if (
+        not (isinstance(producer, FusedBlock) and producer.takes_lateral and producer.trains_now())
+        or not (isinstance(lateral, FusedLateral) and lateral.joins_in_training())
+        or compute_dtype(next(producer.parameters())) != compute_dtype(lateral.conv.weight)
+    ):
+        return lateral(producer(x), fast)
+    if not torch.compiler.is_compiling():
+        producer.last_forward = lateral.last_forward = "fused"
+    return producer.training_forward(x, lateral=lateral.part, fast=fast)

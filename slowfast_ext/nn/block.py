@@ -53,9 +53,10 @@ class FusedBlock(nn.Module, ABC):
     """Base of the twins: a module over the children, parameters, buffers and hooks of the plain block it replaces.
 
     Twin and plain block share these registries themselves: state-dict keys are the same, and a hook or child given to
-    one is the other's too. A forward in evaluation mode is fused; it is the plain block's own in training mode, where
-    gradients of parameters are recorded (so they are the plain block's, for Grad-CAM as for fine-tuning with frozen
-    batch norm), and for whatever :meth:`reason_against` finds, which is asked in each forward. Fused results are in
+    one is the other's too. A forward in evaluation mode is fused. In training mode, and where gradients of parameters
+    are recorded, it is that of training if ``trains`` is set and the class has one, else the plain block's own (so
+    gradients are the plain block's, for Grad-CAM as for fine-tuning with frozen batch norm); and it is the plain
+    block's for whatever :meth:`reason_against` finds, which is asked in each forward. Fused results are in
     channels_last_3d. Global module hooks see the twin as one module.
 
     Args:
@@ -67,8 +68,9 @@ class FusedBlock(nn.Module, ABC):
 
     nested = False  # whether it calls blocks that have twins themselves
     takes_out = False  # whether fused_forward does; such a twin has out_channels
+    takes_lateral = False  # whether training_forward does
     # Attributes that are the twin's and not the plain block's.
-    own: tuple[str, ...] = ("plain", "last_forward", "layer_by_layer")
+    own: tuple[str, ...] = ("plain", "last_forward", "layer_by_layer", "trains")
 
     def __init__(self, plain: nn.Module):
         reason = self.reason_against(plain)
@@ -80,6 +82,7 @@ class FusedBlock(nn.Module, ABC):
         self.__dict__.update(plain.__dict__)
         object.__setattr__(self, "plain", plain)  # around registration: its children are this module's
         self.last_forward: str | None = None  # "fused", or why not
+        self.trains = False  # whether it has a forward pass of its own in training
         self.layer_by_layer: str | None = None  # why the last fused forward was not one operator for the whole block
 
     @classmethod
@@ -100,6 +103,14 @@ class FusedBlock(nn.Module, ABC):
     def _state_reason(self) -> str | None:
         """Why the modes of the children, or of torch, rule a fused forward out for now, or None."""
 
+    def _training_reason(self) -> str | None:
+        """Why the plain block's forward serves training better than :meth:`training_forward`, or None."""
+        return f"{type(self).__name__} has no forward pass for training"
+
+    def training_forward(self, *args, **kwargs) -> Tensor:
+        """As the plain block's, with the statistics of the batch and gradients of the parameters."""
+        raise NotImplementedError
+
     def _reason_now(self) -> str | None:
         """Why this forward has to be the plain block's, or None."""
         if self.training:
@@ -113,11 +124,22 @@ class FusedBlock(nn.Module, ABC):
         looks whether the result is that very tensor; a plain forward or a hook may give another one.
         """
         reason = self._reason_now()
+        trains = reason is not None and self.trains
+        if trains:
+            reason = self._training_reason()
         if not torch.compiler.is_compiling():
             self.last_forward = reason or "fused"
         if reason is not None:
             return self._plain_forward(*args, **kwargs)
+        if trains:
+            return self.training_forward(*args, **kwargs)
         return self.fused_forward(*args, **kwargs) if out is None else self.fused_forward(*args, out=out, **kwargs)
+
+    def trains_now(self) -> bool:
+        """Whether a forward pass would be that of training, and calling the module is nothing more."""
+        if not self.trains or call_reason(self) is not None:
+            return False
+        return self._reason_now() is not None and self._training_reason() is None
 
     def _plain_forward(self, *args, **kwargs) -> Tensor:
         return type(self.plain).forward(self, *args, **kwargs)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from .block import DTYPES, TWINS, FusedBlock, backend_reason, call_reason, compute_dtype, recording_reason
 from .folding import FoldedWeights
+from .training import NORMS, Part, train_block
 
 
 def convolution_reason(conv: nn.Module, bn: nn.Module | None, kind: type[nn.Conv3d] = nn.Conv3d) -> str | None:
@@ -28,7 +29,7 @@ def convolution_reason(conv: nn.Module, bn: nn.Module | None, kind: type[nn.Conv
     if reason is not None:
         return f"conv {reason}"
     if bn is not None:
-        if type(bn) not in (nn.BatchNorm3d, nn.SyncBatchNorm):
+        if type(bn) not in NORMS:
             return f"bn is a {type(bn).__name__}, not a BatchNorm3d"
         if bn.running_mean is None or bn.running_var is None:
             return "bn has no running statistics"
@@ -103,6 +104,17 @@ class FusedConvolutions(FusedBlock):
             x, weight, bias, residual, stride=conv.stride, padding=conv.padding, relu=relu, out=out
         )
 
+    def _training_reason(self) -> str | None:
+        for name, part in self._parts(self):
+            if part.bn is None:
+                return f"{name} has no batch norm" if name else "it has no batch norm"
+        return self._children_reason(self)
+
+    def _trained_part(self, name: str) -> Part:
+        """The part ``name``, as training takes it."""
+        part = getattr(self, name) if name else self
+        return Part(part.conv, part.bn, part.relu)
+
     def train(self, mode: bool = True) -> FusedConvolutions:
         """As :meth:`torch.nn.Module.train`; frees the folded weights when training begins."""
         if mode:
@@ -121,3 +133,7 @@ class FusedConvBNReLU3d(FusedConvolutions):
     def fused_forward(self, x: Tensor) -> Tensor:
         """Tensor[N, C, T, H, W] -> Tensor[N, K, T', H', W']."""
         return self._convolve("", x)
+
+    def training_forward(self, x: Tensor) -> Tensor:
+        """As :meth:`fused_forward`."""
+        return train_block(x, [self._trained_part("")], compute_dtype(self.conv.weight))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .block import compute_dtype
+from .block import call_reason, compute_dtype
 from .conv import FusedConvolutions
+from .training import Part, train_block
 
 
 class FusedLateral(FusedConvolutions):
@@ -28,6 +29,26 @@ class FusedLateral(FusedConvolutions):
         if taps % 2 == 0 or geometry != ((1, 1), (1, 1), (taps // 2, 0, 0)):
             return f"conv has kernel {conv.kernel_size}, stride {conv.stride} and padding {conv.padding}"
         return None
+
+    @property
+    def part(self) -> Part:
+        """What is done to the fast features, as training takes it."""
+        return self._trained_part("")
+
+    def joins_in_training(self) -> bool:
+        """Whether the block in front may compute this lateral connection too, instead of a call of this module."""
+        bare = self.bn is None and not self.relu
+        return (
+            self.trains
+            and call_reason(self) is None
+            and self._children_reason(self) is None
+            and (bare or self._training_reason() is None)
+        )
+
+    def training_forward(self, slow: Tensor, fast: Tensor) -> Tensor:
+        """As :meth:`fused_forward`, with a concatenation; a block takes the lateral connection behind it without."""
+        slow = slow.contiguous(memory_format=torch.channels_last_3d)
+        return torch.cat([slow, train_block(fast, [self.part], compute_dtype(self.conv.weight))], 1)
 
     def room(self, slow_channels: int, fast: Tensor) -> Tensor:
         """Uninitialised memory for the result Tensor[N, slow_channels + K, T, H, W] with these fast features."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from .. import ops
 from .block import compute_dtype
 from .conv import FusedConvBNReLU3d, FusedConvolutions
+from .training import Part, train_block
 
 
 class _FusedResidualBlock(FusedConvolutions):
     """``relu(branch(x) + shortcut(x))``; ``convolutions`` are the branch in its order, then ``downsample``."""
 
     takes_out = True
+    takes_lateral = True
     part_twin = FusedConvBNReLU3d
 
     @classmethod
@@ -39,6 +41,13 @@ class _FusedResidualBlock(FusedConvolutions):
         for name in between:
             x = self._convolve(name, x)
         return self._convolve(last, x, residual=shortcut, relu=True, out=out)
+
+    def training_forward(self, x: Tensor, lateral: Part | None = None, fast: Tensor | None = None) -> Tensor:
+        """As :meth:`fused_forward`; with the lateral connection behind the block, if given, in one tensor."""
+        branch = [self._trained_part(name) for name in self.convolutions[:-1]]
+        shortcut = None if self.downsample is None else self._trained_part(self.convolutions[-1])
+        dtype = compute_dtype(self.conv1.conv.weight)
+        return train_block(x, branch, dtype, residual=True, shortcut=shortcut, lateral=lateral, fast=fast)
 
     def _convolve_pair(self, first: str, shortcut: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The parts ``first`` and ``shortcut``, which share their input, as one operator call."""

@@ -7,6 +7,7 @@ from .batch_norm import (
     batch_norm_reduce_gradient,
     batch_norm_statistics,
 )
+from .batch_norm_relu import batch_norm_relu
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .conv3d_bn_relu_pair import conv3d_bn_relu_pair, conv3d_bn_relu_pair_reference
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
@@ -18,6 +19,7 @@ __all__ = [
     "batch_norm_apply",
     "batch_norm_apply_gradient",
     "batch_norm_reduce_gradient",
+    "batch_norm_relu",
     "batch_norm_statistics",
     "conv3d_bn_relu",
     "conv3d_bn_relu_pair",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_norm import SubBatchNorm3d
+from ..models import SubBatchNorm3d
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from small_networks import small_config
 from tolerances import tolerance
 from torch import nn
 
-from slowfast_ext.models import build_model
-from slowfast_ext.training.batch_norm import SubBatchNorm3d, convert_batch_norm, sub_batch_norms
+from slowfast_ext.models import SubBatchNorm3d, build_model
+from slowfast_ext.training.batch_norm import convert_batch_norm, sub_batch_norms
 from slowfast_ext.training.precise_bn import update_statistics
 
 SPLITS, CHANNELS = 3, 4
