@@ -99,15 +99,24 @@ class Report:
     def kept(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.twin is None)
 
+    @property
+    def summary(self) -> str:
+        """How many candidates are fused, and what runs them."""
+        places = {row.served_by: 0 for row in self.rows if row.served_by}
+        return "; ".join(
+            [
+                f"{len(self.rows) - len(self.kept)} of {len(self.rows)} candidates fused",
+                *(f"operators run in {place}" for place in places),
+            ]
+        )
+
     def __str__(self) -> str:
         if not self.rows:
             return f"no candidates: {_NO_CANDIDATE}"
         table = [(row.name or "(the model)", row.block, row.outcome) for row in self.rows]
         width_name, width_block = (max(len(line[column]) for line in table) for column in (0, 1))
         lines = [f"{name:<{width_name}}  {block:<{width_block}}  {outcome}" for name, block, outcome in table]
-        lines.append(f"{len(self.rows) - len(self.kept)} of {len(self.rows)} candidates fused")
-        lines += [f"operators run in {served_by}" for served_by in {row.served_by: 0 for row in self.rows} if served_by]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary])
 
 
 _NO_CANDIDATE = "the model has no 3-D convolution, and no block of slowfast_ext.models"

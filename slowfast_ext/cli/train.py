@@ -84,6 +84,9 @@ def add_parser(subparsers) -> None:
         help="multiply the learning rate by the videos of an update over auto_scale_lr.base_batch_size",
     )
     parser.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
+    parser.add_argument(
+        "--accelerate", action="store_true", help="train fused blocks, which keep half as much for the backward pass"
+    )
     parser.add_argument("--plot", action="store_true", help="draw curves.png into the work dir at the end")
     parser.set_defaults(run=run)
 
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         accumulate=args.accumulate,
         scale_lr=args.scale_lr,
         sync_bn=args.sync_bn,
+        accelerate=args.accelerate,
         plot=args.plot,
     )
     tests = _Tests(args, config)

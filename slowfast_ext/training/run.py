@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..accelerate import accelerate, explain
 from ..checkpoints import load_checkpoint
 from ..checkpoints.read import read_checkpoint
 from ..checkpoints.settings import CONFIG_ENTRY
@@ -55,6 +56,7 @@ class RunOptions:
         accumulate: batches an update.
         scale_lr: multiply the learning rate by the videos of an update over ``auto_scale_lr.base_batch_size``.
         sync_bn: batch statistics over all processes.
+        accelerate: train the fused blocks, see :func:`slowfast_ext.accelerate`.
         plot: draw ``curves.png`` at the end.
     """
 
@@ -70,6 +72,7 @@ class RunOptions:
     accumulate: int = 1
     scale_lr: bool = False
     sync_bn: bool = False
+    accelerate: bool = False
     plot: bool = False
 
 
@@ -165,6 +168,9 @@ def _train(
     model = model.to(processes.device)
     norm = "sync" if options.sync_bn else settings.model.norm
     model = convert_batch_norm(model, norm, settings.model.norm_splits)
+    if options.accelerate:
+        model = accelerate(model, mode="training")
+        log.info(f"accelerated: {explain(model).summary}")
 
     settings = _with_scaled_rate(settings, options, processes, log)
     multigrid, schedule = settings.multigrid, settings.schedule

@@ -79,8 +79,9 @@ def one_process(tmp_path):
     return run
 
 
-def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches(tmp_path, one_process):
-    run = _start(tmp_path / "two", "--sync-bn", *COMMON)
+@pytest.mark.parametrize("blocks", [(), ("--accelerate",)], ids=["plain", "fused"])
+def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches(blocks, tmp_path, one_process):
+    run = _start(tmp_path / "two", "--sync-bn", *blocks, *COMMON)
     expected = one_process()
     _finish(run)
     found = read_sound(tmp_path / "two" / "epoch_2.pth")
@@ -90,9 +91,10 @@ def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches
     assert len(found["training"]["random_states"]) == 2
 
 
-def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(tmp_path, one_process):
+@pytest.mark.parametrize("blocks", [(), ("--accelerate",)], ids=["plain", "fused"])
+def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(blocks, tmp_path, one_process):
     """SIGTERM to one of them stops both, at the same step; then they go on."""
-    arguments = (tmp_path / "two", *COMMON, "evaluation.start=9")
+    arguments = (tmp_path / "two", *blocks, *COMMON, "evaluation.start=9")
     run = _start(*arguments, STOP_RANK="1")
     expected = one_process(
         "model.backbone.norm_cfg.type=SubBatchBN3d", "model.backbone.norm_cfg.num_splits=2", "evaluation.start=9"
