@@ -39,7 +39,7 @@ def test_steps_are_compared_timed_in_parts_and_written_down(tmp_path, capsys):
         assert row["gradient_error"] < 2e-2
         assert row["median_ms"] > max(row[f"{part}_ms"] for part in training.PARTS)
     assert document["workload"]["clip"] == [2, 3, 32, 32, 32]
-    assert rows["accelerate"]["kept_bytes"] < 0.6 * rows["eager_channels_last"]["kept_bytes"]
+    assert rows["accelerate"]["kept_bytes"] < 0.8 * rows["eager_channels_last"]["kept_bytes"]
     output = capsys.readouterr().out
     assert "vs best plain" in output
     assert "slowfast_ext runs without CUDA kernels" in output
