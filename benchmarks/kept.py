@@ -54,8 +54,8 @@ def count_kept(model: nn.Module, clip: Sequence[int], dtype: torch.dtype, fused:
     """Bytes kept for a backward pass of a training step, by counting activations.
 
     Plain blocks keep what goes into each convolution and what comes out of it, and the result of each ReLU; their
-    stems also the places of the maxima, and under autocast they keep the weights in 16 bits. Fused blocks keep what
-    goes into them, and what comes out of each of their convolutions but those that they compute again.
+    stems also the places of the maxima. Fused blocks keep what goes into them, and what comes out of each of their
+    convolutions but those that they compute again. Under autocast both keep the weights in 16 bits.
 
     Args:
         model: a plain SlowFast in training mode, on the device "meta".
@@ -119,7 +119,7 @@ def count_kept(model: nn.Module, clip: Sequence[int], dtype: torch.dtype, fused:
         keep(slow)
         keep(fast)
     elements += sum(tensor.numel() for tensor in maps.values())
-    if not fused and dtype.itemsize < 4:
+    if dtype.itemsize < 4:
         elements += sum(conv.weight.numel() for conv in owners)
     return elements * dtype.itemsize + indices * INDEX_BYTES
 

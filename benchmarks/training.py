@@ -70,6 +70,9 @@ VARIANTS = {
     # On two cores compiling a backward pass takes minutes.
     "compile": Variant("torch.compile, channels_last_3d", compile=True, default_on=("cuda",)),
     "accelerate": Variant('slowfast_ext.accelerate(mode="training"), channels_last_3d', accelerated=True),
+    "accelerate_compile": Variant(
+        "torch.compile of the same, channels_last_3d", compile=True, accelerated=True, default_on=("cuda",)
+    ),
 }
 
 

@@ -291,8 +291,8 @@ class _TrainedBlock(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[1]
         grad_x = pass_.branch(grad, x, out, needs_x)
         gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(pass_.gradients, tensors, strict=True)
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(pass_.gradients, ctx.tensor_dtypes, strict=True)
         ]
         grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
         return None, grad_x, None if grad_fast is None else grad_fast.to(ctx.fast_dtype), *gradients
@@ -350,6 +350,9 @@ def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors
     saved_moments = [tensor for result in results for tensor in (result.mean, result.inverse_std)]
     ctx.split = (len(convolved), len(saved_moments))
     masked = out if structure.residual else None
+    ctx.tensor_dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    cast = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]  # not to be cast again
+    tensors = [cast.pop(0) if index % Step.TENSORS < 2 else tensor for index, tensor in enumerate(tensors)]
     ctx.save_for_backward(x, fast, masked, *convolved, *saved_moments, *tensors)
     moments = []
     for result, layer in zip(results, layers, strict=False):
