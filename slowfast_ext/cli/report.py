@@ -14,7 +14,7 @@ from ..data import read_annotations
 from ..evaluation import METRICS, evaluate
 from ..evaluation.confusion import confusion_matrix, most_confused, plot_confusion, recalls
 from ..evaluation.extras import require_packages
-from ..evaluation.result_files import read_results
+from ..evaluation.result_files import SUFFIXES, read_results
 from .arguments import read_labels
 from .files import check_writable, positive, write_json
 
@@ -43,7 +43,7 @@ def add_parser(subparsers) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", metavar="RESULT", help=".json or .pkl, with one entry a video")
+    parser.add_argument("results", nargs="+", metavar="RESULT", help=f"{', '.join(SUFFIXES)}, with one entry a video")
     parser.add_argument("--list", required=True, metavar="LIST", help="annotation file of the test")
     parser.add_argument("--rawframes", action="store_true", help="the list names folders of pictures")
     parser.add_argument("--with-offset", action="store_true", help="its lines give an offset (with --rawframes)")

@@ -42,9 +42,10 @@ on many, each video once:
 An interrupted test goes on when the same command is given again: what is done lies beside OUT, in OUT.part0, ...
 """
 _EPILOG = """\
-OUT is a list with the scores of each video, in the order of the data set: lists of numbers in .json, float32 arrays in
-.pkl. With --average-clips none it has the scores of each view, crop by crop, one after the other. A video that cannot
-be read has {"path": str, "error": str} in its place; it is named on stderr and does not count in the metrics.
+OUT is a list with the scores of each video, in the order of the data set: lists of numbers in .json, .yaml and .yml
+(pip install 'slowfast-ext[yaml]'), float32 arrays in .pkl. With --average-clips none it has the scores of each view,
+crop by crop, one after the other. A video that cannot be read has {"path": str, "error": str} in its place; it is named
+on stderr and does not count in the metrics.
 
 Metrics: top1_acc and top5_acc, the share of videos whose class is among the 1 or 5 highest scores;
 mean_class_accuracy, the mean over the classes that occur in the list or among the predictions of the share of their

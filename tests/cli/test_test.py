@@ -191,7 +191,7 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, tmp_path, capsys):
 
     evaluate = ("--eval", "top_k_accuracy")
     assert "at least one of --out and --eval must be given, got neither" in error()
-    assert "--out must end in .json or .pkl, got 'r.yaml'" in error("--out", "r.yaml")
+    assert "--out must end in .json or .pkl or .yaml or .yml, got 'r.txt'" in error("--out", "r.txt")
     assert "--out must be a file in an existing, writable folder" in error("--out", tmp_path / "no" / "r.json")
     assert "CHECKPOINT must be an existing file" in error(*evaluate, weights="no.pth")
     assert "did you mean num_clips?" in error(*evaluate, "--cfg-options", "data.test.pipeline.1.num_clip=3")
