@@ -122,7 +122,7 @@ class PartFile:
     The file is ``<results>.part<rank>``, text: the settings as JSON, then ``{"index": ..., "scores": ...}`` lines.
 
     Args:
-        results: path of the finished results.
+        results: path of the finished results, or another that the parts are to lie beside.
         rank: of the process.
         settings: what scores depend on, as JSON values.
     """
@@ -173,7 +173,7 @@ class PartFile:
         for name, value in self.settings.items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"--out: '{path}' must be of the same test to go on with it, got one with another {name}; "
+                    f"test: '{path}' must be of the same test to go on with it, got one with another {name}; "
                     "delete it to begin anew"
                 )
         rows = map(json.loads, lines[:-1])  # the last one is empty, or cut short

@@ -99,9 +99,9 @@ def test_views_are_averaged_as_asked_for(folder, tmp_path, capsys):
     logits = _logits(_model(folder), folder / "1.mp4")
     options = (f"data.test.ann_file={folder / 'readable.txt'}", "data.test_dataloader.videos_per_gpu=3")
     listed = ("--cfg-options", *options)
-    assert (
-        _test(folder, "--out", tmp_path / "s.pkl", "--average-clips", "score", "--max-testing-views", 4, *listed) == 0
-    )
+    options = ("--average-clips", "score", "--max-testing-views", 4, "--eval", "top_k_accuracy")
+    assert _test(folder, "--out", tmp_path / "s.pkl", *options, "--eval-options", "topk=2,1", *listed) == 0
+    assert re.search(r"^top2_acc: 1\.0000\ntop1_acc: 0\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
     (_, scores, *_) = pickle.loads((tmp_path / "s.pkl").read_bytes())
     assert scores.dtype == np.float32
     _assert_close(scores, logits.mean(0))
@@ -196,6 +196,16 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, tmp_path, capsys):
     assert "CHECKPOINT must be an existing file" in error(*evaluate, weights="no.pth")
     assert "did you mean num_clips?" in error(*evaluate, "--cfg-options", "data.test.pipeline.1.num_clip=3")
     assert "the configuration must have data.test, got none" in error(*evaluate, "--cfg-options", "data.test=none")
+    assert "--gpu-collect must be given on a machine with GPUs" in error(*evaluate, "--gpu-collect")
+    assert "--tmpdir must be a writable folder, got" in error(*evaluate, "--tmpdir", folder / "my.py")
+    for options, message in (
+        (("topk",), "--eval-options must be topk=K,..., got 'topk'"),
+        (("topl=1",), "got 'topl=1'; did you mean topk?"),
+        (("topk=1,0",), "topk must be different whole numbers from 1 on, got [1, 0]"),
+        (("topk=1.5",), "topk must be different whole numbers from 1 on, got 1.5"),
+        (("topk=3", "--eval", "mean_class_accuracy"), "topk must come with --eval top_k_accuracy"),
+    ):
+        assert message in error(*evaluate, "--eval-options", *options)
     assert "--engine must be given without --no-engine" in error(*evaluate, "--engine", "--no-engine")
     assert "must hold all weights of the configured network" in error(
         *evaluate, "--cfg-options", "model.backbone.slow_pathway.lateral_norm=True"
@@ -212,6 +222,26 @@ def test_too_little_memory_is_told_and_what_is_done_stays(folder, tmp_path, monk
     assert _test(folder, "--out", tmp_path / "r.json") == 1
     assert "got too many at a time: --max-testing-views" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["r.json.part0"]
+
+
+def test_a_test_without_out_goes_on_from_the_folder_of_tmpdir(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def scores(engine, dataset, indices, **options):
+        asked.append(indices)
+        for index in indices:
+            if len(asked) == 1 and index == 2:
+                raise torch.OutOfMemoryError
+            yield VideoScores(index, np.float32([1, 0]))
+
+    monkeypatch.setattr(slowfast_ext.cli.test, "score_videos", scores)
+    options = ("--eval", "top_k_accuracy", "--tmpdir", tmp_path / "new" / "parts")
+    assert _test(folder, *options) == 1
+    assert [path.name for path in (tmp_path / "new" / "parts").iterdir()] == ["scores.part0"]
+    assert _test(folder, *options) == 0
+    assert asked == [[0, 1, 2, 3, 4], [2, 3, 4]]
+    assert "top1_acc: 0.6000" in capsys.readouterr().out
+    assert not list((tmp_path / "new" / "parts").iterdir())
 
 
 def test_a_list_of_unreadable_videos_has_no_metrics(folder, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from run_synthetic import main
 
 import slowfast_ext
+from slowfast_ext.training import distributed
 from slowfast_ext.training.checkpoint_files import CheckpointFolder, read_sound
 from slowfast_ext.training.distributed import start_processes
 from slowfast_ext.training.logs import read_log
@@ -80,7 +81,7 @@ def one_process(tmp_path):
 
 
 def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches(tmp_path, one_process):
-    run = _start(tmp_path / "two", "--sync-bn", *COMMON)
+    run = _start(tmp_path / "two", "--sync-bn", *COMMON, "evaluation.gpu_collect=True")
     expected = one_process()
     _finish(run)
     found = read_sound(tmp_path / "two" / "epoch_2.pth")
@@ -107,6 +108,16 @@ def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(
         expected["state_dict"][f"{name}.running_mean"] = mean[:channels]
         expected["state_dict"][f"{name}.running_var"] = variance[:channels]
     _assert_same_weights(expected, found)
+
+
+@pytest.mark.parametrize("through_gpus", [False, True])
+def test_large_values_travel_through_the_group_of_the_devices_where_that_is_wanted(monkeypatch, through_gpus):
+    def all_gather(values, value, group):
+        values[:] = [value, group]
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather)
+    processes = distributed.Processes(world_size=2, control="control")
+    assert processes.gather(7, through_gpus=through_gpus) == [7, None if through_gpus else "control"]
 
 
 def test_a_launcher_whose_variables_are_missing_is_told(monkeypatch):
