@@ -17,6 +17,7 @@ from sample_videos import write_video
 from small_networks import lively_model
 from small_recipe import CONFIG
 from tolerances import tolerance
+from torch import nn
 
 import slowfast_ext
 from slowfast_ext.cli import main
@@ -73,9 +74,17 @@ def _assert_close(scores, expected):
 
 
 @pytest.mark.parametrize("options", [(), ("--no-engine",), ("--no-accelerate",), ("--no-accelerate", "--fuse-conv-bn")])
-def test_scores_are_those_of_the_plain_network_in_the_order_of_the_list(folder, tmp_path, capsys, options):
-    out = tmp_path / "result.json"
+def test_scores_are_those_of_the_plain_network_in_the_order_of_the_list(folder, tmp_path, monkeypatch, capsys, options):
+    out, norms = tmp_path / "result.json", []
+    real = slowfast_ext.cli.test.prepare
+
+    def prepare(model, **settings):
+        norms.append(sum(isinstance(module, nn.BatchNorm3d) for module in model.modules()))
+        return real(model, **settings)
+
+    monkeypatch.setattr(slowfast_ext.cli.test, "prepare", prepare)
     assert _test(folder, "--out", out, "--eval", "top_k_accuracy", "mean_class_accuracy", *options) == 1
+    assert (norms == [0]) == ("--fuse-conv-bn" in options)
     entries = json.loads(out.read_text())
     model = _model(folder)
     expected = {name: _logits(model, folder / name).softmax(1).mean(0) for name in VIDEOS if name != "broken.mp4"}
@@ -209,6 +218,9 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, tmp_path, capsys):
     assert "--engine must be given without --no-engine" in error(*evaluate, "--engine", "--no-engine")
     assert "must hold all weights of the configured network" in error(
         *evaluate, "--cfg-options", "model.backbone.slow_pathway.lateral_norm=True"
+    )
+    assert "must hold all weights of the configured network" in error(
+        *evaluate, "--cfg-options", "model.cls_head.num_classes=3"
     )
     assert "no/list.txt" in error(*evaluate, "--cfg-options", "data.test.ann_file=no/list.txt")
 

@@ -88,12 +88,13 @@ def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches
     _assert_same_weights(expected, found)
     assert _validations(tmp_path / "one") == _validations(tmp_path / "two")
     assert found["training"]["progress"]["iteration"] == 6
-    assert len(found["training"]["random_states"]) == 2
+    one, other = found["training"]["random_states"]
+    assert one["torch"].equal(other["torch"])
 
 
 def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(tmp_path, one_process):
     """SIGTERM to one of them stops both, at the same step; then they go on."""
-    arguments = (tmp_path / "two", *COMMON, "evaluation.start=9")
+    arguments = (tmp_path / "two", "--diff-seed", *COMMON, "evaluation.start=9")
     run = _start(*arguments, STOP_RANK="1")
     expected = one_process(
         "model.backbone.norm_cfg.type=SubBatchBN3d", "model.backbone.norm_cfg.num_splits=2", "evaluation.start=9"
@@ -108,6 +109,17 @@ def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(
         expected["state_dict"][f"{name}.running_mean"] = mean[:channels]
         expected["state_dict"][f"{name}.running_var"] = variance[:channels]
     _assert_same_weights(expected, found)
+    one, other = found["training"]["random_states"]
+    assert not one["torch"].equal(other["torch"])
+
+
+def test_a_seed_that_nobody_gave_is_the_main_process_s():
+    class Other(distributed.Processes):
+        def from_main(self, value):
+            return 7
+
+    assert distributed.choose_seed(None, Other()) == 7
+    assert distributed.choose_seed(3, distributed.Processes()) == 3
 
 
 @pytest.mark.parametrize("through_gpus", [False, True])

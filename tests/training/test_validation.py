@@ -1,0 +1,59 @@
+"""Scores of a validation set."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from synthetic import SOURCE, small_configuration
+
+from slowfast_ext.data import normalize
+from slowfast_ext.models import build_model
+from slowfast_ext.training import read_settings, validation
+from slowfast_ext.training.distributed import Processes
+from slowfast_ext.training.validation import Validation
+
+
+class _Two(Processes):
+    """One of two processes, the other of which has nothing to say."""
+
+    def gather(self, value, *, through_gpus=False):
+        return [[], value]
+
+    def maximum(self, value):
+        return value
+
+
+@pytest.fixture
+def settings():
+    return read_settings(small_configuration())
+
+
+def _scores(settings, model, processes):
+    return Validation(SOURCE, settings, processes).scores(model, contextlib.nullcontext, lambda: False)
+
+
+def test_scores_are_mean_probabilities_in_the_order_of_the_set(settings):
+    model = build_model(settings.model.network).train()
+    found = _scores(settings, model, Processes())
+    assert model.training
+    dataset = SOURCE.make_dataset(settings.val, 3, 0)
+    clips, labels = zip(*(dataset.sample(index) for index in range(len(dataset))), strict=True)
+    statistics = settings.val.clip.normalization
+    with torch.no_grad():
+        expected = model.eval()(normalize(torch.stack(clips), statistics.mean, statistics.std)).softmax(1)
+    torch.testing.assert_close(found.scores, expected, rtol=1e-5, atol=1e-6)
+    assert found.labels.tolist() == list(labels)
+
+
+def test_all_processes_use_the_statistics_of_the_main_one(settings, monkeypatch):
+    monkeypatch.setattr(validation.dist, "broadcast", lambda buffer, src: buffer.fill_(2 + src))
+    model = build_model(settings.model.network)
+    before, expected = copy.deepcopy(model), copy.deepcopy(model)
+    for name, buffer in expected.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.fill_(2)
+    found = _scores(settings, model, _Two(1, 2, control="control"))
+    alone = _scores(settings, expected, Processes())
+    assert found.scores.equal(alone.scores[1::2])
+    assert not found.scores.equal(_scores(settings, before, Processes()).scores[1::2])
