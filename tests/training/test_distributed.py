@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from run_synthetic import main
@@ -55,11 +56,9 @@ def _finish(processes, status=0):
         assert process.returncode == status, errors[-3000:]
 
 
-def _validations(work_dir):
+def _logged(work_dir, mode, *names):
     lines = read_log(next(work_dir.glob("*.log.json")))
-    return [
-        (line["epoch"], line["top1_acc"], line["mean_class_accuracy"]) for line in lines if line.get("mode") == "val"
-    ]
+    return [[line[name] for name in names] for line in lines if line.get("mode") == mode]
 
 
 def _assert_same_weights(one, other):
@@ -86,7 +85,14 @@ def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches
     _finish(run)
     found = read_sound(tmp_path / "two" / "epoch_2.pth")
     _assert_same_weights(expected, found)
-    assert _validations(tmp_path / "one") == _validations(tmp_path / "two")
+    one, two = (
+        _logged(tmp_path / folder, "val", "epoch", "top1_acc", "mean_class_accuracy") for folder in ("one", "two")
+    )
+    assert one == two
+    for name in ("loss", "top1_acc", "grad_norm"):  # of the whole batch, whichever process has it
+        one, two = (_logged(tmp_path / folder, "train", name) for folder in ("one", "two"))
+        assert np.allclose(one, two, rtol=1e-3, atol=1e-4)
+        assert one
     assert found["training"]["progress"]["iteration"] == 6
     one, other = found["training"]["random_states"]
     assert one["torch"].equal(other["torch"])
