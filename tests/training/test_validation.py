@@ -11,6 +11,7 @@ from slowfast_ext.data import normalize
 from slowfast_ext.models import build_model
 from slowfast_ext.training import read_settings, validation
 from slowfast_ext.training.distributed import Processes
+from slowfast_ext.training.loop import validation_due
 from slowfast_ext.training.validation import Validation
 
 
@@ -57,3 +58,11 @@ def test_all_processes_use_the_statistics_of_the_main_one(settings, monkeypatch)
     alone = _scores(settings, expected, Processes())
     assert found.scores.equal(alone.scores[1::2])
     assert not found.scores.equal(_scores(settings, before, Processes()).scores[1::2])
+
+
+@pytest.mark.parametrize(
+    ("interval", "start", "expected"),
+    [(5, None, [5, 10, 15, 20]), (1, 18, [18, 19, 20, 21, 22]), (5, 3, [3, 8, 13, 18]), (3, 20, [20])],
+)
+def test_validation_is_due_after_every_interval_counted_from_the_start(interval, start, expected):
+    assert [epoch for epoch in range(1, 23) if validation_due(epoch, interval, start)] == expected
