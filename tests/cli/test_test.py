@@ -250,6 +250,20 @@ def test_a_test_without_out_goes_on_from_the_folder_of_tmpdir(folder, tmp_path, 
     options = ("--eval", "top_k_accuracy", "--tmpdir", tmp_path / "new" / "parts")
     assert _test(folder, *options) == 1
     assert [path.name for path in (tmp_path / "new" / "parts").iterdir()] == ["scores.part0"]
+    content = torch.load(folder / "weights.pth", weights_only=True)
+    content["state_dict"]["cls_head.fc_cls.bias"] += 1
+    torch.save(content, folder / "other.pth")
+    (folder / "turned.txt").write_text("".join((folder / "val.txt").read_text().splitlines(keepends=True)[::-1]))
+    for what, others, weights in (
+        ("checkpoint", (), "other.pth"),
+        ("list", ("--cfg-options", f"data.test.ann_file={folder / 'turned.txt'}"), "weights.pth"),
+        ("clips", ("--cfg-options", "data.test.pipeline.1.out_of_bound_opt=repeat_last"), "weights.pth"),
+        ("dtype", ("--dtype", "bfloat16"), "weights.pth"),
+        ("engine", ("--no-engine",), "weights.pth"),
+        ("network", ("--cfg-options", "model.cls_head.dropout_ratio=0.25"), "weights.pth"),
+    ):
+        assert _test(folder, *options, *others, weights=weights) == 2
+        assert f"got one with another {what}; delete it" in capsys.readouterr().err
     assert _test(folder, *options) == 0
     assert asked == [[0, 1, 2, 3, 4], [2, 3, 4]]
     assert "top1_acc: 0.6000" in capsys.readouterr().out

@@ -117,6 +117,21 @@ def test_a_run_that_gets_sigterm_writes_a_checkpoint_and_goes_on_with_the_same_b
     _assert_same_end(uninterrupted, tmp_path)
 
 
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path):
+    class Impatient(InProcessLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    source = DataSource(SyntheticDataset, Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_configuration(), "small", RunOptions(str(tmp_path), seed=5), evaluate, source)
+    assert not list(tmp_path.glob("*.pth"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_run_stopped_behind_a_validation_does_not_repeat_it(tmp_path):
     def metrics(*arguments):
         if not asked:

@@ -30,8 +30,8 @@ def settings():
     return read_settings(small_configuration())
 
 
-def _scores(settings, model, processes):
-    return Validation(SOURCE, settings, processes).scores(model, contextlib.nullcontext, lambda: False)
+def _scores(settings, model, processes, autocast=contextlib.nullcontext):
+    return Validation(SOURCE, settings, processes).scores(model, autocast, lambda: False)
 
 
 def test_scores_are_mean_probabilities_in_the_order_of_the_set(settings):
@@ -45,6 +45,9 @@ def test_scores_are_mean_probabilities_in_the_order_of_the_set(settings):
         expected = model.eval()(normalize(torch.stack(clips), statistics.mean, statistics.std)).softmax(1)
     torch.testing.assert_close(found.scores, expected, rtol=1e-5, atol=1e-6)
     assert found.labels.tolist() == list(labels)
+    sixteen = _scores(settings, model, Processes(), lambda: torch.autocast("cpu", torch.bfloat16)).scores
+    assert sixteen.dtype == torch.float32
+    assert 0 < (sixteen - expected).abs().max() < 0.05
 
 
 def test_all_processes_use_the_statistics_of_the_main_one(settings, monkeypatch):
