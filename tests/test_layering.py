@@ -11,7 +11,7 @@ import slowfast_ext
 
 PACKAGE = Path(slowfast_ext.__file__).parent
 DECODERS = {"av", "cv2", "decord"}
-EXTRAS = {"matplotlib", "onnx", "onnxruntime", "pyarrow", "ray"}
+EXTRAS = {"matplotlib", "onnx", "onnxruntime", "pyarrow", "ray", "yaml"}
 
 # Part of the package -> parts it may import. A part is a module or a folder of slowfast_ext.
 LAYERS = {

@@ -14,9 +14,10 @@ from ..data import read_annotations
 from ..evaluation import METRICS, evaluate
 from ..evaluation.confusion import confusion_matrix, most_confused, plot_confusion, recalls
 from ..evaluation.extras import require_packages
-from ..evaluation.result_files import read_results
+from ..evaluation.result_files import SUFFIXES, read_results
 from .arguments import read_labels
 from .files import check_writable, positive, write_json
+from .mmaction2_options import add_metric_options, read_topk
 
 _DESCRIPTION = """\
 Print the accuracies of a result file of slowfast-ext test (or mmaction2's tools/test.py), the classes that are most
@@ -43,7 +44,7 @@ def add_parser(subparsers) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", metavar="RESULT", help=".json or .pkl, with one entry a video")
+    parser.add_argument("results", nargs="+", metavar="RESULT", help=f"{', '.join(SUFFIXES)}, with one entry a video")
     parser.add_argument("--list", required=True, metavar="LIST", help="annotation file of the test")
     parser.add_argument("--rawframes", action="store_true", help="the list names folders of pictures")
     parser.add_argument("--with-offset", action="store_true", help="its lines give an offset (with --rawframes)")
@@ -52,6 +53,7 @@ def add_parser(subparsers) -> None:
         "--softmax", action="store_true", help="make probabilities of the scores first, as of --average-clips score"
     )
     parser.add_argument("--eval", nargs="+", default=METRICS, choices=METRICS, metavar="METRIC", help="default: all")
+    add_metric_options(parser)
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line, in the order of the classes")
     parser.add_argument("--most", type=positive, default=10, metavar="N", help="rows of each table (default: 10)")
     parser.add_argument("--json", metavar="OUT", help="write all of it here as well, in the form below")
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.with_offset and not args.rawframes:
         raise ValueError("--with-offset must come with --rawframes, got it alone")
+    topk = read_topk(args.eval_options, args.eval)
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path:
             check_writable(option, path)
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if names and len(names) != scores.shape[1]:
         raise ValueError(f"--labels must have a name for each of {scores.shape[1]} classes, got {len(names)}")
     labels = torch.tensor([entries[index].labels[0] for index in readable])
-    metrics = evaluate(scores, labels, args.eval)
+    metrics = evaluate(scores, labels, args.eval, topk=topk)
     matrix = confusion_matrix(scores, labels)
 
     left_out = sorted(set(range(len(entries))) - set(readable))

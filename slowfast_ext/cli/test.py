@@ -28,10 +28,11 @@ from ..evaluation.testing import score_videos
 from ..models import SlowFastRecognizer, build_model
 from ..training import TrainingError, TrainingSettings, read_settings
 from ..training.batches import make_dataset
-from ..training.distributed import LAUNCHERS, Processes, start_processes
+from ..training.distributed import Processes, start_processes
 from .arguments import DTYPES, add_engine_options, warn
 from .configuration import CONFIG_HELP, resolve
 from .files import check_writable, positive
+from .mmaction2_options import add_metric_options, add_process_options, read_topk, refuse
 
 _DESCRIPTION = """\
 Test a network on data.test of its configuration (10 clips x 3 crops for Kinetics-400), on one device or under torchrun
@@ -39,14 +40,17 @@ on many, each video once:
   slowfast-ext test slowfast_r50_4x16x1_256e_kinetics400_rgb slowfast.pth --eval top_k_accuracy mean_class_accuracy \\
       --out result.json --average-clips prob
   torchrun --nproc-per-node 8 -m slowfast_ext test my_config.py runs/4x16/latest.pth --eval top_k_accuracy
-An interrupted test goes on when the same command is given again: what is done lies beside OUT, in OUT.part0, ...
+An interrupted test goes on when the same command is given again: what is done lies beside OUT, in OUT.part0, ..., or in
+the folder of --tmpdir.
 """
 _EPILOG = """\
-OUT is a list with the scores of each video, in the order of the data set: lists of numbers in .json, float32 arrays in
-.pkl. With --average-clips none it has the scores of each view, crop by crop, one after the other. A video that cannot
-be read has {"path": str, "error": str} in its place; it is named on stderr and does not count in the metrics.
+OUT is a list with the scores of each video, in the order of the data set: lists of numbers in .json, .yaml and .yml
+(pip install 'slowfast-ext[yaml]'), float32 arrays in .pkl. With --average-clips none it has the scores of each view,
+crop by crop, one after the other. A video that cannot be read has {"path": str, "error": str} in its place; it is named
+on stderr and does not count in the metrics.
 
-Metrics: top1_acc and top5_acc, the share of videos whose class is among the 1 or 5 highest scores;
+Metrics: top1_acc and top5_acc, the share of videos whose class is among the 1 or 5 highest scores (other numbers with
+--eval-options topk=1,3);
 mean_class_accuracy, the mean over the classes that occur in the list or among the predictions of the share of their
 videos that is recognised.
 
@@ -74,6 +78,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--eval", nargs="+", default=[], choices=METRICS, metavar="METRIC", help=f"print these: {', '.join(METRICS)}"
     )
+    add_metric_options(parser)
     parser.add_argument(
         "--average-clips",
         choices=("score", "prob", "none"),
@@ -93,8 +98,15 @@ def add_parser(subparsers) -> None:
         metavar="KEY=VALUE",
         help="override the configuration, nested keys with dots: data.test.ann_file=list.txt",
     )
+    add_process_options(parser)
     parser.add_argument(
-        "--launcher", choices=LAUNCHERS, help="who started the processes (default: pytorch under torchrun, else none)"
+        "--tmpdir", metavar="DIR", help="folder of what is done, made where it is not there (default: beside OUT)"
+    )
+    parser.add_argument(
+        "--gpu-collect",
+        action="store_true",
+        help="gather the scores of the processes through their GPUs instead of the network: faster where each view has "
+        "its own, and takes their memory",
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the arithmetic (default: float32)")
     parser.add_argument(
@@ -107,6 +119,7 @@ def add_parser(subparsers) -> None:
         "--engine", action="store_true", help="fail where the prepared plan, the default, cannot be; not go on without"
     )
     add_engine_options(parser)
+    refuse(parser, "--options", "--onnx", "--tensorrt")
     parser.set_defaults(run=run)
 
 
@@ -116,6 +129,9 @@ class Test:
 
     out: str | None = None
     metrics: Sequence[str] = ()
+    topk: Sequence[int] = (1, 5)
+    tmpdir: str | None = None
+    gpu_collect: bool = False
     dtype: str = "float32"
     engine: bool = False
     no_engine: bool = False
@@ -132,11 +148,21 @@ class Test:
         if self.out:
             check_suffix("--out", self.out)
             check_writable("--out", self.out)
+        if self.tmpdir and os.path.exists(self.tmpdir) and not os.access(os.path.join(self.tmpdir, ""), os.W_OK):
+            raise ValueError(f"--tmpdir must be a writable folder, got '{self.tmpdir}'")
+        if self.gpu_collect and not torch.cuda.is_available():
+            raise ValueError("--gpu-collect must be given on a machine with GPUs, got it on one without")
         if self.engine and (self.no_engine or self.no_accelerate):
             raise ValueError("--engine must be given without --no-engine and --no-accelerate, got both")
         views = number_of_views(settings)
         if self.metrics and settings.model.average_clips is None and views > 1:
             raise ValueError(f"test: metrics must have one score a video, got average_clips none with {views} views")
+
+    @property
+    def parts(self) -> str | None:
+        """What the files are named after from which an interrupted test goes on; None if there are none."""
+        name = os.path.basename(self.out) if self.out else "scores"
+        return os.path.join(self.tmpdir, name) if self.tmpdir else self.out
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,13 +174,16 @@ def run(args: argparse.Namespace) -> int:
     config, _ = resolve(args.config, overrides)
     settings = read_settings(config)
     test = Test(
-        args.out,
-        args.eval,
-        args.dtype,
-        args.engine,
-        args.no_engine,
-        args.no_accelerate,
-        args.fuse_conv_bn,
+        out=args.out,
+        metrics=args.eval,
+        topk=read_topk(args.eval_options, args.eval),
+        tmpdir=args.tmpdir,
+        gpu_collect=args.gpu_collect,
+        dtype=args.dtype,
+        engine=args.engine,
+        no_engine=args.no_engine,
+        no_accelerate=args.no_accelerate,
+        fuse_conv_bn=args.fuse_conv_bn,
     )
     test.check(settings)
     if not os.path.isfile(args.checkpoint):
@@ -188,8 +217,9 @@ def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes:
     engine = _prepare(model, processes, test, settings)
     average = settings.model.average_clips
     part, done = None, {}
-    if test.out:
-        part = PartFile(test.out, processes.rank, _identity(test, settings, checkpoint, dataset, engine))
+    if test.parts:
+        os.makedirs(os.path.dirname(test.parts) or ".", exist_ok=True)
+        part = PartFile(test.parts, processes.rank, _identity(test, settings, checkpoint, dataset, engine))
         for rows in processes.gather(part.read()):  # all have read before one begins
             done |= rows
         part.begin()
@@ -225,7 +255,7 @@ def run_test(test: Test, settings: TrainingSettings, checkpoint: str, processes:
     finally:
         if part:
             part.close()
-    for rows, failures in processes.gather((scored, errors)):
+    for rows, failures in processes.gather((scored, errors), through_gpus=test.gpu_collect):
         done |= rows
         errors |= failures
     if processes.is_main:
@@ -344,6 +374,6 @@ def _print_metrics(test: Test, dataset: ClipDataset, scores: dict[int, np.ndarra
         indices = sorted(scores)
         table = torch.from_numpy(np.stack([scores[index].reshape(-1) for index in indices]))
         labels = torch.tensor([dataset.label(index) for index in indices])
-        for name, value in evaluate(table, labels, test.metrics).items():
+        for name, value in evaluate(table, labels, test.metrics, topk=test.topk).items():
             print(f"{name}: {value:.4f}")
     sys.stdout.flush()

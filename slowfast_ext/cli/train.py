@@ -11,9 +11,10 @@ from typing import Any
 from ..evaluation import evaluate
 from ..training import RunOptions, TrainingError, read_settings, starting_weights, train
 from ..training.checkpoint_files import CheckpointFolder
-from ..training.distributed import LAUNCHERS, Processes
+from ..training.distributed import Processes
 from ..training.step import AMP_DTYPES
 from .configuration import CONFIG_HELP, resolve
+from .mmaction2_options import add_process_options, refuse
 from .test import Test, run_test
 
 _DESCRIPTION = """\
@@ -71,11 +72,7 @@ def add_parser(subparsers) -> None:
         metavar="KEY=VALUE",
         help="override the configuration, nested keys with dots: optimizer.lr=0.01 data.videos_per_gpu=4",
     )
-    parser.add_argument(
-        "--launcher",
-        choices=LAUNCHERS,
-        help="who started the processes (default: pytorch under torchrun, else none)",
-    )
+    add_process_options(parser)
     parser.add_argument("--amp", choices=sorted(AMP_DTYPES), help="16-bit arithmetic where it is safe")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an update (default: 1)")
     parser.add_argument(
@@ -88,6 +85,7 @@ def add_parser(subparsers) -> None:
         "--accelerate", action="store_true", help="train fused blocks, which keep half as much for the backward pass"
     )
     parser.add_argument("--plot", action="store_true", help="draw curves.png into the work dir at the end")
+    refuse(parser, "--gpus", "--gpu-ids")
     parser.set_defaults(run=run)
 
 

@@ -46,8 +46,10 @@ def mean_class_accuracy(scores: Tensor, labels: Tensor) -> float:
     return (hits[occurring] / samples[occurring].clamp(min=1)).double().mean().item()
 
 
-def evaluate(scores: Tensor, labels: Tensor, metrics: Iterable[str] = METRICS) -> dict[str, float]:
-    """The named metrics, as ``top1_acc``, ``top5_acc`` and ``mean_class_accuracy``.
+def evaluate(
+    scores: Tensor, labels: Tensor, metrics: Iterable[str] = METRICS, *, topk: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """The named metrics, as ``top{k}_acc`` for each k of ``topk`` and ``mean_class_accuracy``.
 
     Raises:
         ValueError: unknown metric, or scores and labels that do not belong together.
@@ -55,7 +57,8 @@ def evaluate(scores: Tensor, labels: Tensor, metrics: Iterable[str] = METRICS) -
     results = {}
     for metric in metrics:
         if metric == "top_k_accuracy":
-            results["top1_acc"], results["top5_acc"] = top_k_accuracy(scores, labels)
+            shares = top_k_accuracy(scores, labels, topk)
+            results |= {f"top{k}_acc": share for k, share in zip(topk, shares, strict=True)}
         elif metric == "mean_class_accuracy":
             results["mean_class_accuracy"] = mean_class_accuracy(scores, labels)
         else:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from .extras import require_packages
 from .files import written_then_renamed
 
-SUFFIXES = (".json", ".pkl")
+SUFFIXES = (".json", ".pkl", ".yaml", ".yml")
 # What pickled NumPy arrays are made of, whichever NumPy wrote them. Nothing else is looked up in a file.
 _PICKLED = {
     ("_codecs", "encode"),
@@ -29,42 +30,47 @@ Entry = np.ndarray | dict[str, str]
 
 
 def check_suffix(option: str, path: str | os.PathLike) -> None:
-    """Raise ValueError unless results can be written to a file of this name."""
+    """Raise ValueError unless results can be in a file of this name, ImportError if YAML is wanted without PyYAML."""
     if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"{option} must end in {' or '.join(SUFFIXES)}, got '{path}'")
+    if _is_yaml(path):
+        require_packages(f"{option} with the suffix {Path(path).suffix}", ("yaml",), "yaml")
 
 
 def write_results(path: str | os.PathLike, entries: list[Entry]) -> None:
     """Write a list with the scores of each video in the order of the data set; a video that could not be read has
     ``{"path": ..., "error": ...}`` in its place. An existing file is replaced when all is written.
 
-    ``.json`` has lists of numbers, ``.pkl`` float32 arrays.
+    ``.json``, ``.yaml`` and ``.yml`` have lists of numbers, ``.pkl`` float32 arrays.
     """
     check_suffix("results", path)
     with written_then_renamed(path) as temporary:
-        if temporary.suffix == ".json":
-            values = [entry if isinstance(entry, dict) else entry.tolist() for entry in entries]
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-        else:
+        if temporary.suffix == ".pkl":
             temporary.write_bytes(pickle.dumps(entries))
+            return
+        values = [dict(entry) if isinstance(entry, dict) else entry.tolist() for entry in entries]
+        text = _to_yaml(values) if _is_yaml(path) else json.dumps(values, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_results(path: str | os.PathLike) -> list[Entry]:
-    """What :func:`write_results` wrote, or mmaction2's ``tools/test.py``. Of a pickle only arrays, lists, numbers and
-    text are made; nothing that it names is imported or called.
+    """What :func:`write_results` wrote, or mmaction2's ``tools/test.py`` as JSON or pickle. Only arrays, lists, numbers
+    and text are made; nothing that a pickle or a tag of YAML names is imported or called.
 
     Raises:
         ValueError: another suffix, or no such list.
+        ImportError: YAML without PyYAML.
         OSError: the file cannot be read.
     """
     check_suffix("results", path)
     path = Path(path)
     try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
-        else:
+        if path.suffix == ".pkl":
             with path.open("rb") as file:
                 values = _ArraysOnly(file).load()
+        else:
+            text = path.read_text(encoding="utf-8")
+            values = _from_yaml(text) if _is_yaml(path) else json.loads(text)
         if not isinstance(values, list) or not values:
             raise ValueError("no list of entries")
         entries = [value if _is_failure(value) else np.asarray(value, np.float32) for value in values]
@@ -73,13 +79,34 @@ def read_results(path: str | os.PathLike) -> list[Entry]:
             raise ValueError(f"entries with the shapes {sorted(widths)}")
     except OSError:
         raise
-    except Exception as error:  # pickle and json have one of their own for each kind of damage
+    except Exception as error:  # pickle, json and yaml have their own for each kind of damage
         raise ValueError(f"results: '{path}' must be a list of scores for each video, got {error}") from error
     return entries
 
 
 def _is_failure(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {"path", "error"}
+
+
+def _is_yaml(path: str | os.PathLike) -> bool:
+    return Path(path).suffix in (".yaml", ".yml")
+
+
+def _to_yaml(values: list) -> str:
+    """One line for each entry."""
+    import yaml
+
+    # libyaml, where PyYAML was built with it, is several times as fast on lists of this length.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(
+        values, Dumper=dumper, default_flow_style=None, width=2**31 - 1, allow_unicode=True, sort_keys=False
+    )
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -95,7 +122,7 @@ class PartFile:
     The file is ``<results>.part<rank>``, text: the settings as JSON, then ``{"index": ..., "scores": ...}`` lines.
 
     Args:
-        results: path of the finished results.
+        results: path of the finished results, or another that the parts are to lie beside.
         rank: of the process.
         settings: what scores depend on, as JSON values.
     """
@@ -146,7 +173,7 @@ class PartFile:
         for name, value in self.settings.items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"--out: '{path}' must be of the same test to go on with it, got one with another {name}; "
+                    f"test: '{path}' must be of the same test to go on with it, got one with another {name}; "
                     "delete it to begin anew"
                 )
         rows = map(json.loads, lines[:-1])  # the last one is empty, or cut short

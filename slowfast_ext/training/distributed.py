@@ -35,12 +35,17 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """``value`` of every process, by rank, in every process. Plain objects only: it travels pickled."""
+    def gather(self, value: Any, *, through_gpus: bool = False) -> list[Any]:
+        """``value`` of every process, by rank, in every process. Plain objects only: it travels pickled.
+
+        Args:
+            through_gpus: over the links between GPUs where there are GPUs, which pays for large values and takes memory
+                of theirs.
+        """
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=None if through_gpus else self.control)
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -81,12 +86,11 @@ def start_processes(launcher: str | None) -> Processes:
     Raises:
         ValueError: the launcher's environment variables are not there, or there are fewer GPUs than processes.
     """
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if launcher is None:
-        launcher = "pytorch" if under_torchrun else "none"
+        launcher = "pytorch" if under_torchrun() else "none"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if launcher == "none":
-        if under_torchrun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if under_torchrun() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("--launcher must be pytorch under torchrun, got none: each process would train by itself")
         return Processes(device=torch.device("cuda", 0) if gpus else torch.device("cpu"))
     rank, world_size, local_rank = _READERS[launcher]()
@@ -99,6 +103,11 @@ def start_processes(launcher: str | None) -> Processes:
     else:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
     return Processes(rank, world_size, local_rank, device, dist.new_group(backend="gloo"))
+
+
+def under_torchrun() -> bool:
+    """Whether ``torchrun``, or ``torch.distributed.launch``, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def choose_seed(seed: int | None, processes: Processes) -> int:

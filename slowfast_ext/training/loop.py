@@ -185,7 +185,9 @@ class Trainer:
             )
         position = self.progress.position
         if position and position != self.batches.count(self.progress.epoch):  # begin where an update does
-            self.progress.position = position - position % self.accumulate
+            begun = position % self.accumulate
+            self.progress.position -= begun
+            self.progress.iteration -= begun
         return remarks
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:

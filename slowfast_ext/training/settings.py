@@ -92,12 +92,14 @@ class MultigridSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Validation after each ``interval`` epochs, from epoch ``start`` on; ``save_best`` names the metric to keep by."""
+    """Validation after each ``interval`` epochs, from epoch ``start`` on; ``save_best`` names the metric to keep by.
+    With ``gpu_collect`` the scores of the processes travel through their GPUs."""
 
     interval: int = 1
     start: int | None = None
     metrics: tuple[str, ...] = ("top_k_accuracy", "mean_class_accuracy")
     save_best: str | None = "auto"
+    gpu_collect: bool = False
 
 
 @dataclass(frozen=True)
@@ -361,11 +363,12 @@ def _read_evaluation(section: Section | None) -> EvaluationSettings:
     metrics = section.take("metrics", ["top_k_accuracy", "mean_class_accuracy"], (list, tuple))
     if not metrics or any(metric not in _METRIC_VALUES for metric in metrics):
         raise ValueError(f"config: {section.path('metrics')} must be among {list(_METRIC_VALUES)}, got {list(metrics)}")
-    # How results travel between processes in mmaction2: here the scores are gathered, whichever is asked for.
-    section.choice("gpu_collect", (False, True), False)
+    collect = section.take("gpu_collect", False, bool)
     named = [name for metric in metrics for name in _METRIC_VALUES[metric]]
     best = section.choice("save_best", ("auto", None, *named), "auto")
-    settings = EvaluationSettings(section.count("interval", 1), section.count("start", None), tuple(metrics), best)
+    settings = EvaluationSettings(
+        section.count("interval", 1), section.count("start", None), tuple(metrics), best, collect
+    )
     section.close()
     return settings
 

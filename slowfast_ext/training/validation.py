@@ -41,6 +41,7 @@ class Validation:
 
     def __init__(self, source: DataSource, settings: TrainingSettings, processes: Processes):
         self.processes = processes
+        self.through_gpus = settings.evaluation.gpu_collect
         self.average = settings.model.average_clips
         self.normalization = settings.val.clip.normalization
         dataset = source.make_dataset(settings.val, settings.model.network.num_classes, 0)
@@ -88,7 +89,8 @@ class Validation:
         finally:
             batches.close()
             model.train(was_training)
-        everything = sorted((row for part in self.processes.gather(rows) for row in part), key=lambda row: row[0])
+        parts = self.processes.gather(rows, through_gpus=self.through_gpus)
+        everything = sorted((row for part in parts for row in part), key=lambda row: row[0])
         failures = [failure for part in self.processes.gather(failures) for failure in part]
         if not everything:
             first = failures[0]

@@ -53,6 +53,40 @@ def test_a_command_is_required(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "CONFIG", "--deterministics"), "--deterministics; did you mean --deterministic?"),
+        (("test", "CONFIG", "FILE", "--averge-clips=prob"), "--averge-clips=prob; did you mean --average-clips?"),
+        (("predict", "v.mp4", "--checkpoint", "FILE", "--xyz"), "--xyz\n"),
+    ],
+)
+def test_an_unknown_option_is_an_error_with_the_nearest_name(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"slowfast-ext {arguments[0]}: error: unrecognized arguments: {message}" in error
+
+
+def test_the_local_rank_of_an_old_launcher_is_taken_from_either_side_of_the_command(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")  # what the command puts there goes in the end
+    for arguments in (("--local-rank=1", "train", "CONFIG"), ("train", "CONFIG", "--local_rank", "1")):
+        monkeypatch.delenv("LOCAL_RANK")
+        assert main([*arguments, "--launcher", "pytorch"]) == 2
+        assert "config must be" in capsys.readouterr().err
+        assert os.environ["LOCAL_RANK"] == "1"
+        assert main(arguments) == 2
+        assert "--local_rank must come with --launcher pytorch, got none" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert main(["train", "CONFIG", "--local_rank", "1"]) == 2
+    assert "--local_rank must be LOCAL_RANK of the environment, 0, got 1" in capsys.readouterr().err
+    assert main(["--local_rank=0", "zoo"]) == 2
+    assert "--local_rank must come with --launcher pytorch, got none" in capsys.readouterr().err
+
+
 def test_importing_loads_no_decoder_and_touches_no_gpu():
     code = (
         "import sys, torch, slowfast_ext\n"

@@ -60,8 +60,9 @@ def test_results_are_fused_with_weights(folder, capsys):
 
 def test_videos_without_scores_are_left_out_and_said(folder, capsys):
     failed = {"path": "3.mp4", "error": "it is empty"}
-    write_results("failed.json", [*ONE[:3], failed, ONE[4]])
-    assert main(["report", "failed.json", "other.pkl", "--list", "list.txt", "--json", "o.json"]) == 0
+    pytest.importorskip("yaml")
+    write_results("failed.yaml", [*ONE[:3], failed, ONE[4]])
+    assert main(["report", "failed.yaml", "other.pkl", "--list", "list.txt", "--json", "o.json"]) == 0
     assert "1 of 5 videos have no scores and do not count" in capsys.readouterr().out
     assert json.loads((folder / "o.json").read_text())["left_out"] == ["3.mp4"]
 

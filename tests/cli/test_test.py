@@ -17,6 +17,7 @@ from sample_videos import write_video
 from small_networks import lively_model
 from small_recipe import CONFIG
 from tolerances import tolerance
+from torch import nn
 
 import slowfast_ext
 from slowfast_ext.cli import main
@@ -73,9 +74,17 @@ def _assert_close(scores, expected):
 
 
 @pytest.mark.parametrize("options", [(), ("--no-engine",), ("--no-accelerate",), ("--no-accelerate", "--fuse-conv-bn")])
-def test_scores_are_those_of_the_plain_network_in_the_order_of_the_list(folder, tmp_path, capsys, options):
-    out = tmp_path / "result.json"
+def test_scores_are_those_of_the_plain_network_in_the_order_of_the_list(folder, tmp_path, monkeypatch, capsys, options):
+    out, norms = tmp_path / "result.json", []
+    real = slowfast_ext.cli.test.prepare
+
+    def prepare(model, **settings):
+        norms.append(sum(isinstance(module, nn.BatchNorm3d) for module in model.modules()))
+        return real(model, **settings)
+
+    monkeypatch.setattr(slowfast_ext.cli.test, "prepare", prepare)
     assert _test(folder, "--out", out, "--eval", "top_k_accuracy", "mean_class_accuracy", *options) == 1
+    assert (norms == [0]) == ("--fuse-conv-bn" in options)
     entries = json.loads(out.read_text())
     model = _model(folder)
     expected = {name: _logits(model, folder / name).softmax(1).mean(0) for name in VIDEOS if name != "broken.mp4"}
@@ -99,9 +108,9 @@ def test_views_are_averaged_as_asked_for(folder, tmp_path, capsys):
     logits = _logits(_model(folder), folder / "1.mp4")
     options = (f"data.test.ann_file={folder / 'readable.txt'}", "data.test_dataloader.videos_per_gpu=3")
     listed = ("--cfg-options", *options)
-    assert (
-        _test(folder, "--out", tmp_path / "s.pkl", "--average-clips", "score", "--max-testing-views", 4, *listed) == 0
-    )
+    options = ("--average-clips", "score", "--max-testing-views", 4, "--eval", "top_k_accuracy")
+    assert _test(folder, "--out", tmp_path / "s.pkl", *options, "--eval-options", "topk=2,1", *listed) == 0
+    assert re.search(r"^top2_acc: 1\.0000\ntop1_acc: 0\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
     (_, scores, *_) = pickle.loads((tmp_path / "s.pkl").read_bytes())
     assert scores.dtype == np.float32
     _assert_close(scores, logits.mean(0))
@@ -191,14 +200,27 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, tmp_path, capsys):
 
     evaluate = ("--eval", "top_k_accuracy")
     assert "at least one of --out and --eval must be given, got neither" in error()
-    assert "--out must end in .json or .pkl, got 'r.yaml'" in error("--out", "r.yaml")
+    assert "--out must end in .json or .pkl or .yaml or .yml, got 'r.txt'" in error("--out", "r.txt")
     assert "--out must be a file in an existing, writable folder" in error("--out", tmp_path / "no" / "r.json")
     assert "CHECKPOINT must be an existing file" in error(*evaluate, weights="no.pth")
     assert "did you mean num_clips?" in error(*evaluate, "--cfg-options", "data.test.pipeline.1.num_clip=3")
     assert "the configuration must have data.test, got none" in error(*evaluate, "--cfg-options", "data.test=none")
+    assert "--gpu-collect must be given on a machine with GPUs" in error(*evaluate, "--gpu-collect")
+    assert "--tmpdir must be a writable folder, got" in error(*evaluate, "--tmpdir", folder / "my.py")
+    for options, message in (
+        (("topk",), "--eval-options must be topk=K,..., got 'topk'"),
+        (("topl=1",), "got 'topl=1'; did you mean topk?"),
+        (("topk=1,0",), "topk must be different whole numbers from 1 on, got [1, 0]"),
+        (("topk=1.5",), "topk must be different whole numbers from 1 on, got 1.5"),
+        (("topk=3", "--eval", "mean_class_accuracy"), "topk must come with --eval top_k_accuracy"),
+    ):
+        assert message in error(*evaluate, "--eval-options", *options)
     assert "--engine must be given without --no-engine" in error(*evaluate, "--engine", "--no-engine")
     assert "must hold all weights of the configured network" in error(
         *evaluate, "--cfg-options", "model.backbone.slow_pathway.lateral_norm=True"
+    )
+    assert "must hold all weights of the configured network" in error(
+        *evaluate, "--cfg-options", "model.cls_head.num_classes=3"
     )
     assert "no/list.txt" in error(*evaluate, "--cfg-options", "data.test.ann_file=no/list.txt")
 
@@ -212,6 +234,40 @@ def test_too_little_memory_is_told_and_what_is_done_stays(folder, tmp_path, monk
     assert _test(folder, "--out", tmp_path / "r.json") == 1
     assert "got too many at a time: --max-testing-views" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["r.json.part0"]
+
+
+def test_a_test_without_out_goes_on_from_the_folder_of_tmpdir(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def scores(engine, dataset, indices, **options):
+        asked.append(indices)
+        for index in indices:
+            if len(asked) == 1 and index == 2:
+                raise torch.OutOfMemoryError
+            yield VideoScores(index, np.float32([1, 0]))
+
+    monkeypatch.setattr(slowfast_ext.cli.test, "score_videos", scores)
+    options = ("--eval", "top_k_accuracy", "--tmpdir", tmp_path / "new" / "parts")
+    assert _test(folder, *options) == 1
+    assert [path.name for path in (tmp_path / "new" / "parts").iterdir()] == ["scores.part0"]
+    content = torch.load(folder / "weights.pth", weights_only=True)
+    content["state_dict"]["cls_head.fc_cls.bias"] += 1
+    torch.save(content, folder / "other.pth")
+    (folder / "turned.txt").write_text("".join((folder / "val.txt").read_text().splitlines(keepends=True)[::-1]))
+    for what, others, weights in (
+        ("checkpoint", (), "other.pth"),
+        ("list", ("--cfg-options", f"data.test.ann_file={folder / 'turned.txt'}"), "weights.pth"),
+        ("clips", ("--cfg-options", "data.test.pipeline.1.out_of_bound_opt=repeat_last"), "weights.pth"),
+        ("dtype", ("--dtype", "bfloat16"), "weights.pth"),
+        ("engine", ("--no-engine",), "weights.pth"),
+        ("network", ("--cfg-options", "model.cls_head.dropout_ratio=0.25"), "weights.pth"),
+    ):
+        assert _test(folder, *options, *others, weights=weights) == 2
+        assert f"got one with another {what}; delete it" in capsys.readouterr().err
+    assert _test(folder, *options) == 0
+    assert asked == [[0, 1, 2, 3, 4], [2, 3, 4]]
+    assert "top1_acc: 0.6000" in capsys.readouterr().out
+    assert not list((tmp_path / "new" / "parts").iterdir())
 
 
 def test_a_list_of_unreadable_videos_has_no_metrics(folder, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -130,6 +131,12 @@ def test_a_run_that_cannot_go_on_ends_with_status_one(folder, capsys):
         (folder / f"{index}.mp4").unlink()
     assert _train(folder) == 1
     assert "the loader must give a batch, got an error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stopped", "status"), [(None, 0), (signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_exit_status_says_how_a_run_ended(folder, monkeypatch, stopped, status):
+    monkeypatch.setattr(slowfast_ext.cli.train, "train", lambda *arguments, **options: stopped)
+    assert _train(folder) == status
 
 
 def test_the_weights_that_a_recipe_begins_with_are_named(capsys):

@@ -52,6 +52,7 @@ def test_evaluate_names_its_results_as_the_logs_do():
     labels = torch.tensor([2, 1, 5, 0])
     assert list(evaluate(SCORES, labels)) == ["top1_acc", "top5_acc", "mean_class_accuracy"]
     assert evaluate(SCORES, labels, ["mean_class_accuracy"]) == {"mean_class_accuracy": 0.75}
+    assert list(evaluate(SCORES, labels, ["top_k_accuracy"], topk=(3, 1))) == ["top3_acc", "top1_acc"]
 
 
 @pytest.mark.parametrize(

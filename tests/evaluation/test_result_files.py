@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pickle
@@ -7,16 +8,34 @@ import pytest
 
 from slowfast_ext.evaluation.result_files import PartFile, read_results, write_results
 
-ENTRIES = [np.float32([0.25, 1e-7]), {"path": "a.mp4", "error": "it is empty"}, np.float32([1 / 3, 2 / 3])]
+ENTRIES = [np.float32([0.25, 1e-7]), {"path": "a.mp4", "error": "it is: ünlesbar"}, np.float32([1 / 3, 2 / 3])]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".pkl"])
+@pytest.mark.parametrize("suffix", [".json", ".pkl", ".yaml", ".yml"])
 def test_results_are_read_as_they_were_written(tmp_path, suffix):
+    if suffix in (".yaml", ".yml"):
+        pytest.importorskip("yaml")
     path = tmp_path / f"r{suffix}"
     write_results(path, ENTRIES)
     for entry, read in zip(ENTRIES, read_results(path), strict=True):
         assert np.array_equal(entry, read) if isinstance(entry, np.ndarray) else entry == read
     assert [path.name for path in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_yaml_file_has_a_line_for_each_entry_that_any_reader_of_numbers_understands(tmp_path):
+    pytest.importorskip("yaml")
+    failure = ENTRIES[1]
+    write_results(tmp_path / "r.yaml", [np.float32(range(100)), failure, failure])
+    first, *others = (tmp_path / "r.yaml").read_text(encoding="utf-8").splitlines()
+    assert first == f"- [{', '.join(f'{number}.0' for number in range(100))}]"
+    assert others == ["- {path: a.mp4, error: 'it is: ünlesbar'}"] * 2  # no reference from one to the other
+
+
+def test_yaml_without_its_package_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for use in (lambda: write_results(tmp_path / "r.yaml", ENTRIES), lambda: read_results(tmp_path / "r.yaml")):
+        with pytest.raises(ImportError, match=r"results .* needs yaml: pip install 'slowfast-ext\[yaml\]'"):
+            use()
 
 
 class _Harmful:
@@ -33,10 +52,14 @@ class _Harmful:
         ("r.json", b"[]", "no list of entries"),
         ("r.json", b"[[1, 2], [3]]", r"entries with the shapes \[\(1,\), \(2,\)\]"),
         ("r.json", b'{"0": [1]}', "no list of entries"),
-        ("r.yaml", b"- [1, 2]", r"must end in .json or .pkl"),
+        ("r.yaml", b"- !!python/object/apply:os.mkdir [harm]", "could not determine a constructor"),
+        ("r.yaml", b"- [1, 2\n- [", "expected"),
+        ("r.txt", b"1 2", r"must end in .json or .pkl or .yaml or .yml"),
     ],
 )
 def test_other_files_are_refused_and_nothing_in_them_is_run(tmp_path, monkeypatch, name, content, reason):
+    if name == "r.yaml":
+        pytest.importorskip("yaml")
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=reason):

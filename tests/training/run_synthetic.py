@@ -1,4 +1,4 @@
-"""A training run of its own process: ``python run_synthetic.py WORK_DIR [--sync-bn] [--accelerate] [KEY=VALUE ...]``.
+"""A training run of its own process: ``python run_synthetic.py WORK_DIR [--SWITCH ...] [KEY=VALUE ...]``.
 
 It prints a line with each batch, so that a test can end it there. Its status is 7 if a signal stopped it.
 """
@@ -28,16 +28,16 @@ class TellingLoader(InProcessLoader):
             yield batch
 
 
-def main(work_dir, *overrides, source=SOURCE, **switches):
+def main(work_dir, *overrides, source=SOURCE, **options):
     torch.set_num_threads(1)
-    options = RunOptions(work_dir, resume_from="auto", validate=True, seed=5, deterministic=True, **switches)
+    options = RunOptions(work_dir, resume_from="auto", validate=True, seed=5, deterministic=True, **options)
     config = apply_overrides(small_configuration(), ["checkpoint_config.iterations=2", *overrides])
     return train(config, "small", options, evaluate, source)
 
 
 if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--sync-bn", "--accelerate")]
-    switches = {"sync_bn": "--sync-bn" in sys.argv, "accelerate": "--accelerate" in sys.argv}
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    switches = {name: f"--{name.replace('_', '-')}" in sys.argv for name in ("accelerate", "diff_seed", "sync_bn")}
     source = DataSource(SyntheticDataset, TellingLoader)
     stopped = main(*arguments, source=source, **switches)
     sys.exit(0 if stopped is None else 7)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from run_synthetic import main
 
 import slowfast_ext
+from slowfast_ext.training import distributed
 from slowfast_ext.training.checkpoint_files import CheckpointFolder, read_sound
 from slowfast_ext.training.distributed import start_processes
 from slowfast_ext.training.logs import read_log
@@ -54,11 +56,9 @@ def _finish(processes, status=0):
         assert process.returncode == status, errors[-3000:]
 
 
-def _validations(work_dir):
+def _logged(work_dir, mode, *names):
     lines = read_log(next(work_dir.glob("*.log.json")))
-    return [
-        (line["epoch"], line["top1_acc"], line["mean_class_accuracy"]) for line in lines if line.get("mode") == "val"
-    ]
+    return [[line[name] for name in names] for line in lines if line.get("mode") == mode]
 
 
 def _assert_same_weights(one, other):
@@ -81,20 +81,28 @@ def one_process(tmp_path):
 
 @pytest.mark.parametrize("blocks", [(), ("--accelerate",)], ids=["plain", "fused"])
 def test_synchronised_batch_norm_in_two_processes_is_one_process_on_both_batches(blocks, tmp_path, one_process):
-    run = _start(tmp_path / "two", "--sync-bn", *blocks, *COMMON)
+    run = _start(tmp_path / "two", "--sync-bn", *blocks, *COMMON, "evaluation.gpu_collect=True")
     expected = one_process()
     _finish(run)
     found = read_sound(tmp_path / "two" / "epoch_2.pth")
     _assert_same_weights(expected, found)
-    assert _validations(tmp_path / "one") == _validations(tmp_path / "two")
+    one, two = (
+        _logged(tmp_path / folder, "val", "epoch", "top1_acc", "mean_class_accuracy") for folder in ("one", "two")
+    )
+    assert one == two
+    for name in ("loss", "top1_acc", "grad_norm"):  # of the whole batch, whichever process has it
+        one, two = (_logged(tmp_path / folder, "train", name) for folder in ("one", "two"))
+        assert np.allclose(one, two, rtol=1e-3, atol=1e-4)
+        assert one
     assert found["training"]["progress"]["iteration"] == 6
-    assert len(found["training"]["random_states"]) == 2
+    one, other = found["training"]["random_states"]
+    assert one["torch"].equal(other["torch"])
 
 
 @pytest.mark.parametrize("blocks", [(), ("--accelerate",)], ids=["plain", "fused"])
 def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(blocks, tmp_path, one_process):
     """SIGTERM to one of them stops both, at the same step; then they go on."""
-    arguments = (tmp_path / "two", *blocks, *COMMON, "evaluation.start=9")
+    arguments = (tmp_path / "two", "--diff-seed", *blocks, *COMMON, "evaluation.start=9")
     run = _start(*arguments, STOP_RANK="1")
     expected = one_process(
         "model.backbone.norm_cfg.type=SubBatchBN3d", "model.backbone.norm_cfg.num_splits=2", "evaluation.start=9"
@@ -109,6 +117,27 @@ def test_batch_norm_in_two_processes_is_sub_batch_norm_in_one_also_after_a_stop(
         expected["state_dict"][f"{name}.running_mean"] = mean[:channels]
         expected["state_dict"][f"{name}.running_var"] = variance[:channels]
     _assert_same_weights(expected, found)
+    one, other = found["training"]["random_states"]
+    assert not one["torch"].equal(other["torch"])
+
+
+def test_a_seed_that_nobody_gave_is_the_main_process_s():
+    class Other(distributed.Processes):
+        def from_main(self, value):
+            return 7
+
+    assert distributed.choose_seed(None, Other()) == 7
+    assert distributed.choose_seed(3, distributed.Processes()) == 3
+
+
+@pytest.mark.parametrize("through_gpus", [False, True])
+def test_large_values_travel_through_the_group_of_the_devices_where_that_is_wanted(monkeypatch, through_gpus):
+    def all_gather(values, value, group):
+        values[:] = [value, group]
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather)
+    processes = distributed.Processes(world_size=2, control="control")
+    assert processes.gather(7, through_gpus=through_gpus) == [7, None if through_gpus else "control"]
 
 
 def test_a_launcher_whose_variables_are_missing_is_told(monkeypatch):

@@ -117,6 +117,53 @@ def test_a_run_that_gets_sigterm_writes_a_checkpoint_and_goes_on_with_the_same_b
     _assert_same_end(uninterrupted, tmp_path)
 
 
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path):
+    class Impatient(InProcessLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    source = DataSource(SyntheticDataset, Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_configuration(), "small", RunOptions(str(tmp_path), seed=5), evaluate, source)
+    assert not list(tmp_path.glob("*.pth"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_stopped_behind_a_validation_does_not_repeat_it(tmp_path):
+    def metrics(*arguments):
+        if not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return evaluate(*arguments)
+
+    asked, options = [], RunOptions(str(tmp_path), seed=5, resume_from="auto", validate=True)
+    for stopped in (signal.SIGTERM, None):
+        assert train(small_configuration(total_epochs=2), "small", options, metrics, SOURCE) == stopped
+    entries = [entry for path in sorted(tmp_path.glob("*.json")) for entry in read_log(path)]
+    assert [entry["epoch"] for entry in entries if entry.get("mode") == "val"] == [1, 2]
+
+
+def test_a_run_that_accumulates_goes_on_at_an_update(tmp_path):
+    class Stopping(InProcessLoader):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__(), start=1):
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    config, options = small_configuration(total_epochs=1), {"work_dir": str(tmp_path), "seed": 5, "resume_from": "auto"}
+    source = DataSource(SyntheticDataset, Stopping)
+    assert train(config, "small", RunOptions(**options), evaluate, source) == signal.SIGTERM
+    assert (tmp_path / "epoch_0_iter_3.pth").exists()
+    train(config, "small", RunOptions(**options, accumulate=2), evaluate, SOURCE)
+    assert "resumed after epoch 0, iteration 2 of the next" in "".join(
+        path.read_text() for path in tmp_path.glob("*.log")
+    )
+    assert read_sound(tmp_path / "epoch_1.pth")["training"]["progress"]["iteration"] == 6
+
+
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_with_a_warning(tmp_path, uninterrupted):
     assert main(str(tmp_path), *OVERRIDES, "total_epochs=2") is None
     newest = tmp_path / "epoch_2.pth"

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from slowfast_ext.training import read_settings, zoo_config
-from slowfast_ext.training.multigrid import Shape, long_cycle, short_cycle
+from slowfast_ext.training.multigrid import Shape, count_batches, long_cycle, short_cycle
 from slowfast_ext.training.schedules import LearningRate, regular_rate
 
 COSINE = "slowfast_r50_4x16x1_256e_kinetics400_rgb"
@@ -88,4 +88,11 @@ def test_the_short_cycle_goes_through_the_intended_shapes(multigrid):
         (Shape(8, 16, 112), Shape(4, 16, 158), Shape(4, 16, 158)),
         (Shape(8, 16, 112), Shape(4, 16, 158), Shape(2, 16, 224)),
         (Shape(4, 32, 112), Shape(2, 32, 158), Shape(1, 32, 224)),
+    ]
+
+
+def test_batches_whose_sizes_take_turns_are_counted_as_long_as_they_are_complete():
+    ends = [4, 6, 7, 11, 13, 14, 18, 20, 21]  # of batches of 4, 2 and 1
+    assert [count_batches(length, [4, 2, 1]) for length in range(22)] == [
+        sum(end <= length for end in ends) for length in range(22)
     ]

@@ -138,14 +138,16 @@ def test_accumulated_batches_make_the_update_of_their_mean_gradient():
 def test_sixteen_bit_arithmetic_keeps_float32_weights_and_stays_near(amp):
     settings = _settings()
     batch = _batches(settings, 1, size=32)[0]
-    losses = {}
+    losses, norms = {}, {}
     for kind in (None, amp):
         model = _model().float().train()
         step = TrainingStep(model, settings.optimizer, settings.model.network.normalization, amp=kind)
-        losses[kind] = step(batch, 0.05)["loss"].item()
+        result = step(batch, 0.05)
+        losses[kind], norms[kind] = result["loss"].item(), result["grad_norm"].item()
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert losses[amp] != losses[None]
     assert losses[amp] == pytest.approx(losses[None], rel=0.05)
+    assert norms[amp] == pytest.approx(norms[None], rel=0.2)  # not that of the scaled loss
 
 
 def test_label_smoothing_spreads_a_share_of_the_label():
