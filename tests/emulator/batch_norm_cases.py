@@ -64,22 +64,19 @@ class Case:
 
 # Small, for the sanitizers too.
 CASES = {
-    "several_blocks": Case((1, 8, 2, 19, 15), thread_rows=1),
-    "rows_of_a_thread": Case((1, 16, 1, 37, 33), thread_rows=11),
+    "several_blocks": Case((1, 8, 1, 19, 15), thread_rows=1),
+    "rows_of_a_thread": Case((1, 8, 2, 37, 33), thread_rows=11),
     "slices": Case((2, 8, 2, 7, 5), residual=True, keeps_y=True, slice=(16, 8)),
-    "unaligned_slices": Case((2, 6, 2, 7, 5), residual=True, keeps_y=True, slice=(3, 2)),
+    "unaligned_slices": Case((2, 4, 2, 7, 5), residual=True, keeps_y=True, slice=(3, 2)),
     "three_channels": Case((1, 3, 2, 9, 13), affine=False),
-    "three_splits": Case((6, 8, 1, 7, 5), 3),
-    "splits_of_one_pixel": Case((4, 8, 1, 1, 1), 2),
+    "two_splits": Case((4, 4, 1, 7, 5), 2),
     "in_place": Case((1, 8, 1, 12, 11), residual=True, keeps_y=True, in_place=True),
-    "frozen": Case((1, 8, 1, 6, 6), frozen=True, residual=True, keeps_y=True),
-    "not_finite": Case((1, 8, 1, 7, 6), finite=False),
-    "not_finite_and_frozen": Case((1, 8, 1, 7, 6), finite=False, frozen=True),
-    "empty": Case((0, 16, 2, 3, 3), 2),
-    "merge_one_block": Merge(1, 8, 5, 16),
+    "not_finite": Case((1, 4, 1, 7, 6), finite=False),
+    "not_finite_and_frozen": Case((1, 4, 1, 7, 6), finite=False, frozen=True),
+    "empty": Case((0, 4, 2, 3, 3), 2),
     "merge_a_short_last_block": Merge(2, 5, 1000, 7),
-    "merge_one_row_each": Merge(1, 8, 130, 1),
-    "merge_nothing": Merge(2, 9, 0, 16),
+    "merge_one_row_each": Merge(1, 4, 130, 1),
+    "merge_nothing": Merge(1, 3, 0, 16),
 }
 LARGER_CASES = {
     # Layers of SlowFast, at small spatial sizes.
@@ -90,8 +87,10 @@ LARGER_CASES = {
     "slow_res2_shortcut": Case((1, 256, 1, 5, 7), relu=False),
     "slow_res5": Case((2, 2048, 1, 5, 7), residual=True, keeps_y=True),
     "lateral": Case((1, 16, 2, 9, 8), slice=(64, 0)),
+    "frozen_block": Case((1, 64, 1, 6, 6), frozen=True, residual=True, keeps_y=True),
     # What a network does not have, but a user may.
-    "two_splits": Case((4, 16, 2, 20, 19), 2, residual=True, keeps_y=True, thread_rows=23),
+    "two_splits_of_many_rows": Case((4, 16, 2, 20, 19), 2, residual=True, keeps_y=True, thread_rows=23),
+    "three_splits_of_one_pixel": Case((9, 80, 1, 1, 1), 3),
     "three_splits_of_one_clip": Case((3, 24, 2, 13, 11), 3, residual=True, keeps_y=True),
     "80_channels": Case((1, 80, 3, 9, 7), residual=True, keeps_y=True),
     "12_channels": Case((1, 12, 1, 9, 7), residual=True, keeps_y=True),
@@ -103,6 +102,7 @@ LARGER_CASES = {
     "one_pixel": Case((1, 8, 1, 1, 1)),
     "one_element": Case((1, 1, 1, 1, 1), residual=True, keeps_y=True),
     "one_channel": Case((2, 1, 2, 19, 17), 2),
+    "merge_one_block": Merge(1, 8, 5, 16),
     "merge_more_blocks_than_threads": Merge(1, 5, 1601, 4, mean=3.0),
     "merge_far_from_zero": Merge(3, 3, 700, 64, mean=1000.0),
 }
@@ -119,7 +119,7 @@ class Errors:
         if (np.isfinite(found) != finite).any():
             self.worst = np.inf
         error, bound = abs(found[finite] - expected[finite]), np.broadcast_to(bound, expected.shape)[finite]
-        error = error[error > 0] / np.maximum(bound[error > 0], np.finfo(float).tiny)
+        error = error[error > 0] / np.maximum(bound[error > 0], 2.0**-200)
         self.worst = max(self.worst, float(error.max(initial=0)))
 
 
@@ -197,7 +197,7 @@ def run_passes(module, case, dtype, random):
     x = random_map(case.mean)
     if not case.finite:
         for channel, value in enumerate((np.nan, np.inf, -np.inf)):
-            x[-1, 3 * channel + 1, -1, -1, channel : channel + 1] = storage.encode(np.full(1, value))
+            x[-1, channel, -1, -1, channel : channel + 1] = storage.encode(np.full(1, value))
     exact_x = storage.decode(x)
     first, second = (np.full(of_groups, np.nan, np.float32) for _ in range(2))
     call("statistics", x=x, first=first, second=second)

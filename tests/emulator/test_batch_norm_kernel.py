@@ -14,9 +14,7 @@ MUTANTS = {
         "thread",
         "merge_one_row",
     ),
-    "no_barrier_in_block": Mutant(
-        "  __syncthreads();\n  const int thread", "  const int thread", "thread", "splits_of_one"
-    ),
+    "no_barrier_in_block": Mutant("  __syncthreads();\n  const int thread", "  const int thread", "thread", "slices"),
     "rows_are_read_beyond_the_last": Mutant(
         "min((block + 1) * p.rows_per_block, p.rows)", "(block + 1) * p.rows_per_block", "address", "several"
     ),
@@ -30,7 +28,7 @@ MUTANTS = {
         "three_channels",
     ),
     "a_lane_is_left_out": Mutant("distance = p.columns;", "distance = 2 * p.columns;", "plain", "slices"),
-    "clips_of_other_groups_are_read": Mutant("(p.groups - 1) + at.group", "(p.groups - 1)", "plain", "three_splits"),
+    "clips_of_other_groups_are_read": Mutant("(p.groups - 1) + at.group", "(p.groups - 1)", "plain", "two_splits"),
     "the_last_block_counts_in_full": Mutant(
         "min(p.rows_per_block, p.rows - block * p.rows_per_block)", "p.rows_per_block", "plain", "merge_a_short"
     ),
