@@ -1,4 +1,20 @@
-// HEADER
+// Batch norm in training with an addition and ReLU, in four passes over memory: statistics, apply; backwards reduce and
+// apply, which are in batch_norm_gradient.cuh.
+//
+// Launches: one a pass, and a small one more that merges what the blocks of a reduction found (batch_norm_merge.cuh).
+// All arithmetic is in float32, rounded once when it is stored. The order of all sums is fixed by the shapes: no
+// atomics, the same bits every time. Each pass reads each of its maps once; the sign that the ReLU decided by is
+// computed again from x where there was no addition, so that y is not kept.
+//
+// Memory traffic of the 106 batch norms of R50 4x16, 8 clips of 224 x 224 pixels in 16 bits, of which 32 have an
+// addition. Beyond the floor, which is each map once, are the blocks' partials, written and read: 7 % of the smallest
+// maps, where all of it stays in L2, less of larger ones.
+//
+//   pass             maps                               floor      moved
+//   statistics       x                                  1.423 GB   1.484 GB (+4.3 %)
+//   apply            x, residual; y                     3.552 GB   3.552 GB
+//   reduce gradient  grad, x, y after an addition       3.552 GB   3.613 GB (+1.7 %)
+//   apply gradient   the same; grad_x, grad_residual    5.681 GB   5.681 GB
 #pragma once
 
 #include "batch_norm_tile.cuh"
