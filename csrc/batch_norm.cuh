@@ -4,7 +4,7 @@
 // Launches: one a pass, and a small one more that merges what the blocks of a reduction found (batch_norm_merge.cuh).
 // All arithmetic is in float32, rounded once when it is stored. The order of all sums is fixed by the shapes: no
 // atomics, the same bits every time. Each pass reads each of its maps once; the sign that the ReLU decided by is
-// computed again from x where there was no addition, so that y is not kept.
+// computed again from x where there was no addition, so that y need not be kept.
 //
 // Memory traffic of the 106 batch norms of R50 4x16, 8 clips of 224 x 224 pixels in 16 bits, of which 32 have an
 // addition. Beyond the floor, which is each map once, are the blocks' partials, written and read: 7 % of the smallest

@@ -21,7 +21,7 @@ struct PixelMap {
 
 // Row r of a group is a pixel: those of clip `group`, then those of clip `group + groups`, and so on.
 struct BatchNormParameters {
-  PixelMap x, residual, y;  // y: what is written forwards; the sign of which is looked at backwards, else recomputed
+  PixelMap x, residual, y;  // y is written forwards, read backwards for its sign: null to compute that again from x
   PixelMap grad, grad_x, grad_residual;
   const float *mean, *inverse_std;                // (groups, channels)
   const float *weight, *bias;                     // (channels); null for 1 and 0
@@ -104,8 +104,9 @@ struct BatchNormPlace {
     column = threadIdx.x % p.columns;
     channel = first_channel + column * Tile::kChunk;
     step = kBatchNormThreads / p.columns;
-    row = block * p.rows_per_block + threadIdx.x / p.columns;
-    end = channel < p.channels ? min((block + 1) * p.rows_per_block, p.rows) : 0;
+    const int first_row = block * p.rows_per_block;
+    row = first_row + threadIdx.x / p.columns;
+    end = channel < p.channels ? first_row + min(p.rows_per_block, p.rows - first_row) : 0;
   }
 };
 

@@ -16,7 +16,7 @@ MUTANTS = {
     ),
     "no_barrier_in_block": Mutant("  __syncthreads();\n  const int thread", "  const int thread", "thread", "slices"),
     "rows_are_read_beyond_the_last": Mutant(
-        "min((block + 1) * p.rows_per_block, p.rows)", "(block + 1) * p.rows_per_block", "address", "several"
+        "min(p.rows_per_block, p.rows - first_row)", "p.rows_per_block", "address", "several"
     ),
     "channels_are_read_beyond_the_last": Mutant(
         "channel < p.channels ? min", "true ? min", "address", "three_channels"
