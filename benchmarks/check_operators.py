@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from latency import DTYPES, check_device
 from report import format_table
 from torch import Tensor
@@ -137,6 +138,11 @@ CASES = {
         ("grad", "x"),
         13,
         keywords={"residual": True},
+    ),
+    "batch_norm_relu": Case(
+        "batch_norm_relu",
+        lambda x, weight, bias, residual: (F.batch_norm(x, None, None, weight, bias, True) + residual).relu(),
+        {"x": (2, 24, 3, 5, 6), "weight": (24,), "bias": (24,), "residual": (2, 24, 3, 5, 6)},
     ),
     "conv3d_bn_relu": Case(
         "conv3d_bn_relu",
