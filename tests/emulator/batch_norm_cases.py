@@ -64,14 +64,12 @@ class Case:
 
 # Small, for the sanitizers too.
 CASES = {
-    "several_blocks": Case((1, 8, 1, 19, 15), thread_rows=1),
-    "rows_of_a_thread": Case((1, 8, 2, 37, 33), thread_rows=11),
+    "several_blocks": Case((1, 8, 2, 37, 33), thread_rows=5),
     "slices": Case((2, 8, 2, 7, 5), residual=True, keeps_y=True, slice=(16, 8)),
     "unaligned_slices": Case((2, 4, 2, 7, 5), residual=True, keeps_y=True, slice=(3, 2)),
     "three_channels": Case((1, 3, 2, 9, 13), affine=False),
     "two_splits": Case((4, 4, 1, 7, 5), 2),
     "in_place": Case((1, 8, 1, 12, 11), residual=True, keeps_y=True, in_place=True),
-    "not_finite": Case((1, 4, 1, 7, 6), finite=False),
     "not_finite_and_frozen": Case((1, 4, 1, 7, 6), finite=False, frozen=True),
     "empty": Case((0, 4, 2, 3, 3), 2),
     "merge_a_short_last_block": Merge(2, 5, 1000, 7),
@@ -96,9 +94,11 @@ LARGER_CASES = {
     "12_channels": Case((1, 12, 1, 9, 7), residual=True, keeps_y=True),
     "20_channels_in_place": Case((2, 20, 2, 9, 7), in_place=True),
     "70_channels": Case((1, 70, 2, 5, 7), residual=True, relu=False),
+    "not_finite": Case((1, 4, 1, 7, 6), finite=False),
     "not_finite_block": Case((2, 16, 1, 7, 6), finite=False, residual=True, keeps_y=True),
     "not_finite_without_relu": Case((2, 16, 1, 7, 6), finite=False, relu=False),
     "far_from_zero": Case((1, 64, 2, 12, 11), mean=1000.0),
+    "one_row_of_a_thread": Case((1, 16, 2, 20, 19), residual=True, keeps_y=True, thread_rows=1),
     "one_pixel": Case((1, 8, 1, 1, 1)),
     "one_element": Case((1, 1, 1, 1, 1), residual=True, keeps_y=True),
     "one_channel": Case((2, 1, 2, 19, 17), 2),
