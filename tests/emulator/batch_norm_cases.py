@@ -65,10 +65,8 @@ class Case:
 # Small, for the sanitizers too.
 CASES = {
     "several_blocks": Case((1, 8, 2, 37, 33), thread_rows=5),
-    "slices": Case((2, 8, 2, 7, 5), residual=True, keeps_y=True, slice=(16, 8)),
-    "unaligned_slices": Case((2, 4, 2, 7, 5), residual=True, keeps_y=True, slice=(3, 2)),
-    "three_channels": Case((1, 3, 2, 9, 13), affine=False),
-    "two_splits": Case((4, 4, 1, 7, 5), 2),
+    "slices_of_two_splits": Case((4, 8, 2, 7, 5), 2, residual=True, keeps_y=True, slice=(16, 8)),
+    "unaligned_slices": Case((2, 3, 2, 7, 5), affine=False, residual=True, keeps_y=True, slice=(2, 0)),
     "in_place": Case((1, 8, 1, 12, 11), residual=True, keeps_y=True, in_place=True),
     "not_finite_and_frozen": Case((1, 4, 1, 7, 6), finite=False, frozen=True),
     "empty": Case((0, 4, 2, 3, 3), 2),
@@ -87,6 +85,8 @@ LARGER_CASES = {
     "lateral": Case((1, 16, 2, 9, 8), slice=(64, 0)),
     "frozen_block": Case((1, 64, 1, 6, 6), frozen=True, residual=True, keeps_y=True),
     # What a network does not have, but a user may.
+    "three_channels": Case((1, 3, 2, 9, 13)),
+    "slices": Case((2, 24, 2, 7, 5), residual=True, keeps_y=True, slice=(16, 8)),
     "two_splits_of_many_rows": Case((4, 16, 2, 20, 19), 2, residual=True, keeps_y=True, thread_rows=23),
     "three_splits_of_one_pixel": Case((9, 80, 1, 1, 1), 3),
     "three_splits_of_one_clip": Case((3, 24, 2, 13, 11), 3, residual=True, keeps_y=True),

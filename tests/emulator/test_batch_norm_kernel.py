@@ -14,21 +14,19 @@ MUTANTS = {
         "thread",
         "merge_one_row",
     ),
-    "no_barrier_in_block": Mutant("  __syncthreads();\n  const int thread", "  const int thread", "thread", "slices"),
+    "no_barrier_in_block": Mutant(
+        "  __syncthreads();\n  const int thread", "  const int thread", "thread", "unaligned"
+    ),
     "rows_are_read_beyond_the_last": Mutant(
         "min(p.rows_per_block, p.rows - first_row)", "p.rows_per_block", "address", "several"
     ),
     "channels_are_read_beyond_the_last": Mutant(
-        "channel < p.channels ? first_row", "true ? first_row", "address", "three_channels"
+        "channel < p.channels ? first_row", "true ? first_row", "address", "unaligned"
     ),
-    "clips_of_other_groups_are_read": Mutant("(p.groups - 1) + at.group", "(p.groups - 1)", "plain", "two_splits"),
-    "the_last_block_counts_in_full": Mutant(
-        "min(p.rows_per_block, p.rows - block * p.rows_per_block)", "p.rows_per_block", "plain", "merge_a_short"
-    ),
+    "clips_of_other_groups_are_read": Mutant("(p.groups - 1) + at.group", "(p.groups - 1)", "plain", "slices"),
     "squares_are_not_those_of_deviations": Mutant("delta * (x[i] - moments[i].x)", "delta * delta", "plain", "several"),
     "relu_loses_nan": Mutant("y[i] <= 0.f ? 0.f : y[i]", "fmaxf(y[i], 0.f)", "plain", "not_finite"),
     "the_gradient_passes_at_zero": Mutant("sign <= 0.f", "sign < 0.f", "plain", "slices"),
-    "constants_depend_on_what_is_infinite": Mutant("p.mean_grad ? g[i]", "true ? g[i]", "plain", "not_finite_and"),
 }
 FILES = ("batch_norm.cuh", "batch_norm_gradient.cuh", "batch_norm_merge.cuh", "batch_norm_tile.cuh")
 ALL_CASES = CASES | LARGER_CASES
@@ -44,7 +42,7 @@ def test_error_is_what_rounding_explains(kernel, case, dtype):
 @pytest.mark.parametrize("seed", range(4))
 def test_order_of_threads_does_not_matter(kernel, monkeypatch, seed):
     monkeypatch.setenv("SLOWFAST_EXT_EMULATOR_SEED", str(seed))
-    for name in ("slices", "three_channels", "three_splits_of_one_clip", "merge_a_short_last_block"):
+    for name in ("slices", "12_channels", "three_splits_of_one_clip", "merge_a_short_last_block"):
         assert batch_norm_cases.run(kernel, ALL_CASES[name]) <= 1
 
 
