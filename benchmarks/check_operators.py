@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from latency import DTYPES, check_device
 from report import format_table
 from torch import Tensor
@@ -24,6 +25,7 @@ from variants import first_lines
 
 import slowfast_ext
 from slowfast_ext import ops
+from slowfast_ext.ops import batch_norm
 
 # Largest |output - reference| / max |reference|, by the type of the output. In 16 bits four roundoffs: of the output,
 # and of intermediates, which are several times smaller than its largest value. In float32 the sum of some hundred
@@ -75,7 +77,73 @@ def _fast_bottleneck(in_channels: int, channels: int, stride: int) -> Case:
     )
 
 
+def _batch_norm(
+    operator: str, reference: Callable, maps: tuple[str, ...], channels: int = 24, means: bool = False, **options
+) -> Case:
+    """Of a pass over two groups of clips; ``reference`` takes the maps in their order, then the vectors."""
+    groups = torch.linspace(-1, 1, 2 * channels).view(2, channels)
+    vectors = {"mean": groups, "inverse_std": 1.5 + groups / 2, "weight": 1 + groups[0], "bias": groups[1]}
+    if means:
+        vectors |= {"mean_grad": groups / 4, "mean_grad_normalized": -groups / 4}
+    return Case(operator, reference, dict.fromkeys(maps, (4, channels, 3, 5, 6)) | vectors, **options)
+
+
 CASES = {
+    "batch_norm_statistics": Case(
+        "batch_norm_statistics",
+        lambda x: batch_norm.batch_norm_statistics_reference(x, 2),
+        {"x": (4, 24, 3, 5, 6)},
+        {"splits": 2},
+    ),
+    "batch_norm_statistics_odd_channels": Case(
+        "batch_norm_statistics", lambda x: batch_norm.batch_norm_statistics_reference(x, 1), {"x": (3, 5, 3, 5, 6)}
+    ),
+    "batch_norm_apply": _batch_norm(
+        "batch_norm_apply",
+        lambda x, residual, *vectors: batch_norm.batch_norm_apply_reference(x, *vectors, residual, True),
+        ("x", "residual"),
+    ),
+    "batch_norm_apply_into_odd_channels": _batch_norm(
+        "batch_norm_apply",
+        lambda x, *vectors: batch_norm.batch_norm_apply_reference(x, *vectors, None, True),
+        ("x",),
+        13,
+        out_channels=13,
+    ),
+    "batch_norm_reduce_gradient": _batch_norm(
+        "batch_norm_reduce_gradient",
+        lambda grad, x, y, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, y, True),
+        ("grad", "x", "y"),
+    ),
+    "batch_norm_reduce_gradient_odd_channels": _batch_norm(
+        "batch_norm_reduce_gradient",
+        lambda grad, x, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, None, True),
+        ("grad", "x"),
+        13,
+    ),
+    "batch_norm_apply_gradient": _batch_norm(
+        "batch_norm_apply_gradient",
+        lambda grad, x, y, mean, inverse_std, weight, bias, *means: batch_norm.batch_norm_apply_gradient_reference(
+            grad, x, mean, inverse_std, weight, bias, y, True, *means, True
+        ),
+        ("grad", "x", "y"),
+        means=True,
+        keywords={"residual": True},
+    ),
+    "batch_norm_apply_gradient_odd_channels": _batch_norm(
+        "batch_norm_apply_gradient",
+        lambda grad, x, *vectors: batch_norm.batch_norm_apply_gradient_reference(
+            grad, x, *vectors, None, True, None, None, True
+        ),
+        ("grad", "x"),
+        13,
+        keywords={"residual": True},
+    ),
+    "batch_norm_relu": Case(
+        "batch_norm_relu",
+        lambda x, weight, bias, residual: (F.batch_norm(x, None, None, weight, bias, True) + residual).relu(),
+        {"x": (2, 24, 3, 5, 6), "weight": (24,), "bias": (24,), "residual": (2, 24, 3, 5, 6)},
+    ),
     "conv3d_bn_relu": Case(
         "conv3d_bn_relu",
         lambda *tensors: ops.conv3d_bn_relu_reference(*tensors, (1, 2, 2), (1, 1, 1), True),

@@ -36,12 +36,17 @@ inline void check_like(const Tensor& tensor, const char* op, const char* name, c
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
 }
 
-// A float32 vector of `size` on the device of x: bias and the like.
-inline void check_vector(const Tensor& tensor, const char* op, const char* name, const Tensor& x, int64_t size) {
+// Float32 on the device of x.
+inline void check_floats(const Tensor& tensor, const char* op, const char* name, const Tensor& x, const Sizes& shape) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index() &&
                       tensor.scalar_type() == ScalarType::Float,
                   op, ": ", name, " must be float32 on the device of x");
-  check_shape(tensor, op, name, {size});
+  check_shape(tensor, op, name, shape);
+}
+
+// A float32 vector of `size` on the device of x: bias and the like.
+inline void check_vector(const Tensor& tensor, const char* op, const char* name, const Tensor& x, int64_t size) {
+  check_floats(tensor, op, name, x, {size});
 }
 
 inline void check_dtype(const Tensor& x, const char* op) {

@@ -47,3 +47,14 @@ def tolerance(
     factors = u if dtype == "tf32" else 0.0
     atol = DEVIATIONS * scale * (v * math.sqrt(terms / 2) + u * math.sqrt(roundings - 1) + factors)
     return {"rtol": 2 * stored, "atol": atol}
+
+
+def variance_tolerance(dtype: torch.dtype, terms: int, mean: float) -> dict[str, float]:
+    """``rtol`` and ``atol`` for the variance of ``terms`` values of deviation 1 around ``mean``, given exactly.
+
+    Of a sum of squared deviations from a running mean each update is off by the roundoff of the accumulator times the
+    condition number ``sqrt(1 + mean^2)`` (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance",
+    1983). The errors are independent. Without a running mean it would be the square of that number.
+    """
+    v = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+    return {"rtol": DEVIATIONS * v * math.sqrt(terms * (1 + mean**2)), "atol": 0.0}

@@ -57,6 +57,8 @@ def batch_norm_apply(
 ) -> Tensor:
     """``relu((x - mean) * inverse_std * weight + bias + residual)``, summed in float32 and rounded once.
 
+    On a CPU it may be rounded before the residual is added, too.
+
     Args:
         x (Tensor[N, C, T, H, W]): as in :func:`batch_norm_statistics`.
         mean, inverse_std (Tensor[splits, C]): of the groups; float32 (float64 if ``x`` is).

@@ -101,7 +101,7 @@ def test_a_case_that_fails_does_not_hide_the_next(monkeypatch, capsys):
     [
         (["--dtype", "int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
-        (["unknown*"], "CASE must match one of conv3d_bn_relu"),
+        (["unknown*"], "CASE must match one of batch_norm_statistics"),
     ],
 )
 def test_bad_options_are_refused(arguments, message, capsys):

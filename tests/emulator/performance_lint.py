@@ -3,6 +3,7 @@
 import subprocess
 from dataclasses import dataclass
 
+import batch_norm_cases
 import conv3d_cases
 import fast_bottleneck_cases
 import lateral_cases
@@ -14,6 +15,18 @@ import toolchain
 SECTOR = 32  # bytes
 # Which arguments of an operator's binding are which tensors. y of lateral_fuse has room for the slice of slow_y.
 TENSORS = {
+    "batch_norm": {
+        5: "x",
+        6: "residual",
+        7: "y",
+        8: "grad",
+        9: "grad_x",
+        10: "grad_residual",
+        11: "mean",
+        12: "inverse_std",
+        13: "weight",
+        14: "bias",
+    },
     "conv3d_bn_relu": {2: "x", 3: "weight", 4: "bias", 5: "residual", 6: "y"},
     "fast_bottleneck": {1: "x", 2: "weight_a", 4: "weight_b", 6: "weight_c", 8: "weight_shortcut", 10: "y"},
     "lateral_fuse": {1: "slow", 2: "fast", 3: "weight", 4: "bias", 6: "y"},
@@ -21,6 +34,7 @@ TENSORS = {
     "stem": {1: "x", 2: "weight", 3: "bias", 7: "y"},
 }
 RUN = {
+    "batch_norm": batch_norm_cases.run,
     "conv3d_bn_relu": conv3d_cases.run,
     "fast_bottleneck": fast_bottleneck_cases.run,
     "lateral_fuse": lateral_cases.run,

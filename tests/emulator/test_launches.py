@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 
+import batch_norm_cases
 import conv3d_cases
 import conv3d_pair_cases
 import fast_bottleneck_cases
@@ -16,6 +17,7 @@ import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain.unavailable_reason() is not None, reason=str(toolchain.unavailable_reason()))
 KERNELS = {  # their cases, and the types they are built for
+    "batch_norm": (batch_norm_cases, batch_norm_cases.DTYPES),
     "conv3d_bn_relu": (conv3d_cases, conv3d_cases.MATHS),
     "conv3d_bn_relu_pair": (conv3d_pair_cases, conv3d_cases.MATHS),
     "fast_bottleneck": (fast_bottleneck_cases, fast_bottleneck_cases.DTYPES),

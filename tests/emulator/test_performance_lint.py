@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import batch_norm_cases
 import conv3d_cases
 import fast_bottleneck_cases
 import lateral_cases
@@ -44,12 +45,20 @@ def block(*arguments, **options):
     return fast_bottleneck_cases.Case(*arguments, **options)
 
 
+# A thread of batch_norm reads 32 bytes of a vector in two loads, the sectors of which meet in L1.
 # Excess of fast_bottleneck: once in its life a block scatters the weights into the order of the fragments, here for
 # three frames only. Pixels of 8 channels fill half a sector, and a halo row begins and ends in the middle of one.
 # A thread of stem loads one pixel of 3 channels, one after the other, so that the sectors of a request are used in L1
 # by the next two; rows of the patch (213 bytes) begin anywhere. Its excess: 3-element pixels and 8 channels' pooling.
 # The linear layer of pool_head reads averages 32 bytes a lane in two loads, so twice the sectors, again from L1.
 LINTS = {
+    "batch_norm_fast_stem": Lint("batch_norm", batch_norm_cases.Case((1, 8, 2, 19, 15)), ("x", "y", "grad", "grad_x")),
+    "batch_norm_slow_res2": Lint(
+        "batch_norm",
+        batch_norm_cases.Case((1, 128, 1, 8, 9), residual=True, keeps_y=True),
+        ("x", "residual", "y", "grad", "grad_x", "grad_residual"),
+        {(vector, "read"): 1.0 for vector in ("mean", "weight", "bias")},
+    ),
     "conv3d_slow_res2_conv3": Lint(
         "conv3d_bn_relu", conv3d((1, 64, 1, 16, 16), 256, residual=True), ("x", "weight", "residual", "y")
     ),
@@ -101,6 +110,9 @@ class Mutant:
 
 
 MUTANTS = {
+    "sums_of_neighbours_meet_in_a_bank": Mutant(
+        "batch_norm_tile.cuh", "kPitch = kColumns + 32 / kChunk % kColumns", "kPitch = kColumns", "batch_norm_slow_res2"
+    ),
     "no_swizzle": Mutant("conv3d_tile.cuh", "chunk ^ (row / 2 % Tile::kRowChunks)", "chunk", "conv3d_slow_res2_1x3x3"),
     "no_padding_of_the_sums": Mutant(
         "conv3d_tile.cuh", "kSlabPitch = kWarpChannels + 8", "kSlabPitch = kWarpChannels", "conv3d_slow_res2_1x3x3"
@@ -163,7 +175,7 @@ def test_a_worse_kernel_is_seen(libraries, name):
     traffic = measure(lint, libraries[name].result())
     if name == "no_swizzle":
         assert traffic.excess("ldmatrix") == 3  # rows of 64 bytes: 8 of them meet in two places, four times each
-    elif name == "no_padding_of_the_sums":
+    elif name in ("no_padding_of_the_sums", "sums_of_neighbours_meet_in_a_bank"):
         assert traffic.excess(*PLAIN) > lint.excess
     else:
         assert any(found < least for _, found, least in efficiencies(lint, traffic))
