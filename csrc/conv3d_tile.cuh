@@ -69,7 +69,8 @@ struct Tile {
   static constexpr int kChannelRows = (kChannels + kRowStep - 1) / kRowStep;
   // In the epilogue each warp turns 16 pixels x kWarpChannels sums around in shared memory, rows 8 floats apart.
   static constexpr int kSlabPitch = kWarpChannels + 8;
-  static_assert(kThreads / 32 * 16 * kSlabPitch * int(sizeof(float)) <= kSharedBytes, "the sums reuse the stages");
+  static constexpr int kSlabBytes = kThreads / 32 * 16 * kSlabPitch * int(sizeof(float));
+  static_assert(kSlabBytes <= kSharedBytes, "the sums reuse the stages");
   static_assert(kWarpPixels % 16 == 0 && kWarpChannels % 16 == 0, "a warp multiplies whole 16 x 16 fragments");
   static_assert(kPixels % kRowStep == 0, "every thread fills the same number of pixel rows");
   static_assert(kSharedBytes <= 48 * 1024, "what every GPU gives without asking");
@@ -218,19 +219,19 @@ struct alignas(2 * sizeof(Element)) ElementPair {
 // 8 channels of a pixel.
 constexpr int kOutputChunk = 8;
 
-// Bias, residual, relu and the one rounding.
-template <typename Element>
+// Bias, residual and relu, unless kBare says that there are none, and the one rounding.
+template <typename Element, bool kBare = false>
 __device__ __forceinline__ void store_chunk(const Conv3dParameters& p, int pixel, int channel,
                                             float (&sum)[kOutputChunk]) {
   const int channels = p.out_channels - channel;  // that exist, from this one on
   const bool wide = p.wide && channels >= kOutputChunk;
   alignas(16) Element values[kOutputChunk];
   constexpr int kPieces = sizeof(values) / 16;
-  if (p.bias) {
+  if (!kBare && p.bias) {
 #pragma unroll
     for (int i = 0; i < kOutputChunk; ++i) sum[i] += i < channels ? p.bias[channel + i] : 0.f;
   }
-  if (p.residual) {
+  if (!kBare && p.residual) {
     const Element* residual = static_cast<const Element*>(p.residual) + pixel * p.residual_pitch + channel;
     if (wide) {
 #pragma unroll
@@ -246,7 +247,7 @@ __device__ __forceinline__ void store_chunk(const Conv3dParameters& p, int pixel
   }
 #pragma unroll
   for (int i = 0; i < kOutputChunk; ++i) {
-    if (p.relu) sum[i] = sum[i] < 0.f ? 0.f : sum[i];  // written so that NaN stays NaN
+    if (!kBare && p.relu) sum[i] = sum[i] < 0.f ? 0.f : sum[i];  // written so that NaN stays NaN
     values[i] = from_float<Element>(sum[i]);
   }
   Element* y = static_cast<Element*>(p.y) + pixel * p.y_pitch + channel;
@@ -267,17 +268,24 @@ constexpr int kResidentBlocks = Tile::kThreads == 128                 ? 3
                                 : sizeof(typename Math::Element) == 2 ? 2
                                                                       : 1;
 
+// For convolve_tile: outputs are stored, and that is all.
+struct NoMoments {
+  static constexpr bool kWanted = false;
+};
+
 // One block's share of a convolution: `block` counts the splits of a tile, then the tiles of the same pixels, so that
-// neighbours share pixels and x is read from memory once and then from L2.
-template <typename Math, typename Tile, bool kVector>
-__device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigned block) {
+// neighbours share pixels and x is read from memory once and then from L2. Where moments of the outputs are wanted, of
+// the type TileMoments, there are neither splits nor bias, residual and relu.
+template <typename Math, typename Tile, bool kVector, typename Moments = NoMoments>
+__device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigned block, Moments moments = {}) {
   using Element = typename Math::Element;
   using Loader = StageLoader<Element, Tile, kVector>;
   constexpr int kPixelFragments = Tile::kWarpPixels / 16, kChannelFragments = Tile::kWarpChannels / 8;
+  constexpr bool kMoments = Moments::kWanted;
   SHARED_MEMORY(shared);
 
   const int channel_tiles = (p.out_channels + Tile::kChannels - 1) / Tile::kChannels;
-  const int split = block % p.splits, tile = block / p.splits;
+  const int splits = kMoments ? 1 : p.splits, split = block % splits, tile = block / splits;
   const int first_pixel = tile / channel_tiles * Tile::kPixels;
   const int first_channel = tile % channel_tiles * Tile::kChannels;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -285,8 +293,8 @@ __device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigne
   const int warp_channel = warp % Tile::kWarpsChannels * Tile::kWarpChannels;
 
   const int all_steps = (p.reduction + Loader::kStep - 1) / Loader::kStep;
-  const int first_step = int64_t(all_steps) * split / p.splits;
-  const int steps = int64_t(all_steps) * (split + 1) / p.splits - first_step;
+  const int first_step = int64_t(all_steps) * split / splits;
+  const int steps = int64_t(all_steps) * (split + 1) / splits - first_step;
   Loader loader(p, first_pixel, first_channel, first_step);
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     if (step < steps) loader.load(shared + step * Tile::kStageBytes);
@@ -328,6 +336,9 @@ __device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigne
   }
 
   __syncthreads();  // all have read the last stage, the sums go where the stages were
+  if constexpr (kMoments) {
+    moments.template add<Element, Tile>(sum, warp_pixel, warp_channel, p.pixels - first_pixel, shared);
+  }
   float* slab = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kSlabPitch;
   constexpr int kRowChunks = Tile::kWarpChannels / kOutputChunk, kRowsAtOnce = 32 / kRowChunks;
   const int chunk = lane % kRowChunks;
@@ -366,8 +377,8 @@ __device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigne
         }
       }
       if (pixel >= p.pixels || channel >= p.out_channels) continue;
-      if (p.splits == 1) {
-        store_chunk<Element>(p, pixel, channel, values);
+      if (kMoments || p.splits == 1) {
+        store_chunk<Element, kMoments>(p, pixel, channel, values);
       } else {
         float* partial = p.partial + (int64_t(split) * p.pixels + pixel) * p.partial_pitch + channel;
         reinterpret_cast<uint4*>(partial)[0] = reinterpret_cast<const uint4*>(values)[0];
@@ -375,6 +386,9 @@ __device__ __forceinline__ void convolve_tile(const Conv3dParameters& p, unsigne
       }
     }
     __syncwarp();
+  }
+  if constexpr (kMoments) {
+    moments.template store<Tile>(tile / channel_tiles, first_channel, p.out_channels, p.pixels - first_pixel, shared);
   }
 }
 

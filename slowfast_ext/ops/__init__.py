@@ -10,6 +10,11 @@ from .batch_norm import (
 from .batch_norm_relu import batch_norm_relu
 from .conv3d_bn_relu import conv3d_bn_relu, conv3d_bn_relu_reference, fold_batch_norm
 from .conv3d_bn_relu_pair import conv3d_bn_relu_pair, conv3d_bn_relu_pair_reference
+from .conv3d_statistics import (
+    conv3d_statistics,
+    conv3d_statistics_reason_against,
+    conv3d_statistics_reference,
+)
 from .fast_bottleneck import fast_bottleneck, fast_bottleneck_reason_against, fast_bottleneck_reference
 from .lateral_fuse import lateral_fuse, lateral_fuse_into, lateral_fuse_reference
 from .pool_head import pool_head, pool_head_reference
@@ -25,6 +30,9 @@ __all__ = [
     "conv3d_bn_relu_pair",
     "conv3d_bn_relu_pair_reference",
     "conv3d_bn_relu_reference",
+    "conv3d_statistics",
+    "conv3d_statistics_reason_against",
+    "conv3d_statistics_reference",
     "fast_bottleneck",
     "fast_bottleneck_reason_against",
     "fast_bottleneck_reference",

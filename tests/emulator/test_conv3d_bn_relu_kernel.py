@@ -33,8 +33,10 @@ MUTANTS = {
     ),
     "no_swizzle": Mutant("chunk ^ (row / 2 % Tile::kRowChunks)", "chunk", "conflicts", "tile_64x64"),
     "wrong_lane_of_weight": Mutant("chunk + lane / 8 % 2)", "chunk + lane / 16)", "plain", "tile_64x64"),
-    "residual_is_forgotten": Mutant("if (p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
-    "relu_of_one_channel_is_forgotten": Mutant("if (p.relu) sum", "if (p.relu && i) sum", "plain", "fast_res2_1x3x3"),
+    "residual_is_forgotten": Mutant("if (!kBare && p.residual) {", "if (false) {", "plain", "slow_res2_conv3_residual"),
+    "relu_of_one_channel_is_forgotten": Mutant(
+        "if (!kBare && p.relu) sum", "if (p.relu && i) sum", "plain", "fast_res2_1x3x3"
+    ),
 }
 KERNEL = harness.Kernel("conv3d_bn_relu", conv3d_cases, MUTANTS, files=("conv3d_tile.cuh",))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import batch_norm_cases
 import conv3d_cases
+import conv3d_statistics_cases
 import fast_bottleneck_cases
 import lateral_cases
 import performance_lint
@@ -69,6 +70,9 @@ LINTS = {
     "conv3d_slow_res4_3x1x1": Lint("conv3d_bn_relu", conv3d((1, 256, 2, 8, 16), 64, (3, 1, 1)), ("x", "weight", "y")),
     "conv3d_fast_res2_1x3x3": Lint(
         "conv3d_bn_relu", conv3d((1, 8, 1, 16, 16), 8, (1, 3, 3)), ("y",), {("x", "cp.async"): 0.85}
+    ),
+    "conv3d_statistics_slow_res2_conv3": Lint(
+        "conv3d_statistics", conv3d_statistics_cases.Case((1, 64, 1, 16, 16), 256), ("x", "weight", "y")
     ),
     "fast_bottleneck_res2_first": Lint(
         "fast_bottleneck", block((1, 8, 3, 16, 32), 8), ("y",), {("x", "cp.async"): 0.85}, excess=0.2
