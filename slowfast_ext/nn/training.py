@@ -10,6 +10,7 @@ same tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..ops.batch_norm_relu import (
+    BatchNormForward,
     BatchNormSettings,
     batch_norm_backward,
     batch_norm_forward,
     in_dtype_of_sums,
     update_running_statistics,
 )
+from ..ops.common import allows_tf32
 
 # Up to how many input channels a 1 x 1 x 1 convolution is computed again sooner than its result is written and read, as
 # 2 * channels operations against 6 bytes in bfloat16 (12 in float32, at half the operations a second): a GPU does some
@@ -198,6 +201,19 @@ def _tensors_of(part: Part, state: NormState | None) -> tuple[Tensor | None, ...
     return (conv.weight, conv.bias, *((None, None) if bn is None else (bn.weight, bn.bias)), *constants)
 
 
+@torch.compiler.assume_constant_result
+def _statistics_reason(*arguments) -> str | None:
+    return _cached_statistics_reason(*arguments)
+
+
+@functools.cache  # asked for each convolution in each step
+def _cached_statistics_reason(x, weight, stride, padding, dtype, allow_tf32, device) -> str | None:
+    geometry = {"stride": stride, "padding": padding}
+    return ops.conv3d_statistics_reason_against(
+        x, weight, **geometry, dtype=dtype, allow_tf32=allow_tf32, device=device
+    )
+
+
 class _Layer:
     """A step with its tensors."""
 
@@ -215,10 +231,35 @@ class _Layer:
         if x.device.type == "cpu":  # F.conv3d has a slow path for small batches
             bias = in_dtype_of_sums(x, self.bias)
             return ops.conv3d_bn_relu(x, self.weight, bias, relu=False, **geometry)
+        if self._has_statistics(x):  # the kernel that made the statistics, so that they belong to the same numbers
+            return ops.conv3d_bn_relu(x, self.weight, relu=False, **geometry)
         return F.conv3d(x, self.weight, self.bias, **geometry).contiguous(memory_format=torch.channels_last_3d)
 
-    def normalize(self, y: Tensor, residual: Tensor | None = None, *, relu: bool, out: Tensor | None = None):
-        return batch_norm_forward(y, self.step.norm, *self.affine, self.given, residual, relu=relu, out=out)
+    def convolve_for_statistics(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The convolution, and mean and variance of its result where one kernel makes both."""
+        if not self._has_statistics(x):
+            return self.convolve(x), None
+        y, *statistics = ops.conv3d_statistics(x, self.weight, stride=self.step.stride, padding=self.step.padding)
+        return y, tuple(statistics)
+
+    def _has_statistics(self, x: Tensor) -> bool:
+        norm = self.step.norm
+        if norm is None or not norm.batch or norm.splits > 1 or self.bias is not None:
+            return False
+        geometry = (tuple(self.weight.shape), tuple(self.step.stride), tuple(self.step.padding))
+        return _statistics_reason(tuple(x.shape), *geometry, x.dtype, allows_tf32(x), x.device) is None
+
+    def normalize(
+        self,
+        y: Tensor,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+        *,
+        relu: bool,
+        out: Tensor | None = None,
+    ) -> BatchNormForward:
+        given = self.given if statistics is None else statistics
+        return batch_norm_forward(y, self.step.norm, *self.affine, given, residual, relu=relu, out=out)
 
     def normalize_again(self, y: Tensor, moments: _Moments) -> Tensor:
         return ops.batch_norm_apply(y, moments.mean, moments.inverse_std, *self.affine, relu=self.step.relu)
@@ -308,17 +349,20 @@ def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors
 
     z = x
     for layer in branch[:-1]:
-        convolved.append(layer.convolve(z))
-        results.append(layer.normalize(convolved[-1], relu=layer.step.relu))
+        y, statistics = layer.convolve_for_statistics(z)
+        convolved.append(y)
+        results.append(layer.normalize(y, statistics, relu=layer.step.relu))
         z = results[-1].y
-    last, y = branch[-1], branch[-1].convolve(z)
+    last = branch[-1]
+    y, statistics = last.convolve_for_statistics(z)
     del z
     convolved.append(y)
     residual, shortcut = (x if structure.residual else None), None
     if structure.shortcut is not None:
         layer = layers[len(branch)]
-        convolved.append(layer.convolve(x))
-        shortcut = layer.normalize(convolved[-1], relu=layer.step.relu)
+        beside, of_shortcut = layer.convolve_for_statistics(x)
+        convolved.append(beside)
+        shortcut = layer.normalize(beside, of_shortcut, relu=layer.step.relu)
         residual = shortcut.y
 
     fused = None
@@ -327,7 +371,7 @@ def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors
         fused = layers[-1].convolve(fast)
     room, place = _room(structure, y, fused)
     relu = last.step.relu or structure.residual
-    results.append(last.normalize(y, residual, relu=relu, out=None if structure.pool else place))
+    results.append(last.normalize(y, statistics, residual, relu=relu, out=None if structure.pool else place))
     out = results[-1].y
     if structure.pool is not None:
         out = F.max_pool3d(out, *structure.pool)
