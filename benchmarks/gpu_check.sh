@@ -19,6 +19,9 @@ Stages are named or given as shell patterns, and run in the order of --list; wit
     latency_MODEL_DTYPE_BATCH whole networks: plain PyTorch, torch.compile, accelerate and the engine
     autotune_MODEL_BATCH      the same in bfloat16, against torch.compile with max-autotune
     layers_MODEL_DTYPE_BATCH  every layer and fused block, beside its floor
+    training_MODEL_DTYPE_BATCH
+                              training steps: plain PyTorch, torch.compile and accelerate
+    curves_DTYPE              the loss of 200 steps, plain and fused
 
 OUT_DIR gets STAGE.log, STAGE.json of the benchmarks, test.xml, environment.log and summary.txt, each below 16 MB. What
 stages of an earlier run left there stays, unless they run again.
@@ -51,6 +54,10 @@ list_stages() {
   for model in r50_4x16 r50_8x8 r101_8x8; do
     printf '%s\n' "layers_${model}_"{bfloat16,float16,float32}_{batch1,batch30}
   done
+  for model in r50_4x16 r50_8x8 r101_8x8; do
+    printf '%s\n' "training_${model}_"{bfloat16,float16,float32}_batch8
+  done
+  printf '%s\n' curves_{bfloat16,float16,float32}
 }
 
 refuse() {
@@ -137,6 +144,9 @@ run_stage() {
         --variants eager_channels_last,compile_max_autotune,accelerate,engine
       ;;
     layers_*) benchmark layers.py "$stage" --seconds 90 ;;
+    training_*) benchmark training.py "$stage" --seconds 60 ;;
+    curves_*) limited python benchmarks/training_curves.py --device cuda --dtype "${stage#curves_}" \
+      --json "$out/$stage.json" ;;
   esac
 }
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import latency
 import layers
 import pytest
+import training
+import training_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 SYSTEM = "/usr/bin:/bin"
 NOTED = ("SLOWFAST_EXT_CUDA", "FAIL_WITHOUT_CUDA", "PYTORCH_NO_CUDA_MEMORY_CACHING")
-BENCHMARKS = {"latency.py": latency, "layers.py": layers}
+BENCHMARKS = {"latency.py": latency, "layers.py": layers, "training.py": training}
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 without_sanitizer = pytest.mark.skipif(
@@ -116,7 +118,9 @@ def test_every_model_type_and_batch_is_measured():
     autotuned = [f"autotune_{model}_batch{batch}" for model in models for batch in batches]
     fixed = ["build", "test", "memcheck", "racecheck", "initcheck", "synccheck"]
     whole, parts = [f"latency_{name}" for name in names], [f"layers_{name}" for name in names]
-    assert list_stages() == [*fixed, *whole, *autotuned, *parts]
+    steps = [f"training_{model}_{dtype}_batch8" for model in models for dtype in dtypes]
+    curves = [f"curves_{dtype}" for dtype in dtypes]
+    assert list_stages() == [*fixed, *whole, *autotuned, *parts, *steps, *curves]
 
 
 def test_stages_are_chosen_by_name_and_pattern_in_their_own_order(machine):
@@ -130,6 +134,7 @@ def test_stages_are_chosen_by_name_and_pattern_in_their_own_order(machine):
     [
         *(f"{kind}_{model}_float16_batch30" for kind in ("latency", "layers") for model in ("r50_4x16", "r101_8x8")),
         "autotune_r50_8x8_batch1",
+        "training_r101_8x8_float16_batch8",
     ],
 )
 def test_benchmarks_accept_the_options_that_they_get(stage, machine, monkeypatch):
@@ -147,6 +152,15 @@ def test_benchmarks_accept_the_options_that_they_get(stage, machine, monkeypatch
     assert 0 < parsed.seconds < 120
     if stage.startswith("autotune"):
         assert ("compile_max_autotune", "bfloat16") in parsed.variants
+
+
+def test_curves_accept_the_options_that_they_get(machine, monkeypatch):
+    assert machine.run("out", "curves_float16").returncode == 0
+    ((_, _, *options),) = machine.calls
+    monkeypatch.setattr(training_curves, "check_dtype", lambda name, device: None)
+    options[options.index("cuda")] = "cpu"
+    parsed = training_curves.parse_options(options)
+    assert (parsed.dtype, parsed.json) == ("float16", machine.out / "curves_float16.json")
 
 
 def test_the_build_needs_no_network_and_fails_without_cuda(machine):
