@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +41,7 @@ _RECOMPUTED_CHANNELS = {"cuda": 690, "cpu": 90}
 NORMS: dict[type[nn.Module], Callable[[nn.Module], NormState]] = {}
 
 
-@dataclass(frozen=True)
-class NormState:
+class NormState(NamedTuple):
     """Where a batch norm takes its statistics, and the buffers that follow them.
 
     Attributes:
@@ -80,8 +78,7 @@ NORMS[nn.BatchNorm3d] = _plain_state
 NORMS[nn.SyncBatchNorm] = synchronised_state
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A convolution, and the batch norm and ReLU after it.
 
     Attributes:
@@ -98,8 +95,7 @@ class Step:
     TENSORS = 6  # that belong to a step: weight and bias of the convolution, of the batch norm, its statistics
 
 
-@dataclass(frozen=True)
-class Structure:
+class Structure(NamedTuple):
     """What is computed: ``pool(relu(branch(x) + shortcut(x)))``, and the lateral connection behind it.
 
     Attributes:
@@ -130,8 +126,7 @@ class Structure:
         return (last or beside) and weight.shape[2:].numel() == 1 and narrow
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A convolution of a block, its batch norm and whether a ReLU follows, as modules."""
 
     conv: nn.Conv3d
@@ -185,12 +180,29 @@ def train_block(
         for part, state in zip(parts, states, strict=True)
         if state is not None and state.settings.batch
     ]
-    for index, (bn, state) in enumerate(moving):
-        mean, variance, elements = moments[3 * index : 3 * index + 3]
-        bn.num_batches_tracked.add_(1)
-        momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-        update_running_statistics(state.running_mean, state.running_var, mean, variance, elements, momentum)
+    _move_statistics(moving, list(zip(moments[::3], moments[1::3], moments[2::3], strict=True)))
     return y
+
+
+@torch.no_grad()
+def _move_statistics(moving: Sequence[tuple[nn.Module, NormState]], moments: Sequence[tuple]) -> None:
+    """As :func:`update_running_statistics` for each batch norm of a block, in three launches for all of them."""
+    if not moving:
+        return
+    torch._foreach_add_([bn.num_batches_tracked for bn, _ in moving], 1)
+    alike = len({bn.momentum for bn, _ in moving}) == 1 and all(isinstance(count, int) for _, _, count in moments)
+    if moving[0][0].momentum is None or not alike:
+        for (bn, state), (mean, variance, count) in zip(moving, moments, strict=True):
+            momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            update_running_statistics(state.running_mean, state.running_var, mean, variance, count, momentum)
+    elif all(count > 0 for _, _, count in moments):
+        unbiased = torch._foreach_mul([variance for _, variance, _ in moments], [n / (n - 1) for _, _, n in moments])
+        running = [statistic for _, state in moving for statistic in (state.running_mean, state.running_var)]
+        batch = [
+            one.view(-1) for (mean, _, _), variance in zip(moments, unbiased, strict=True) for one in (mean, variance)
+        ]
+        batch = [one.to(statistic.dtype) for one, statistic in zip(batch, running, strict=True)]
+        torch._foreach_lerp_(running, batch, moving[0][0].momentum)
 
 
 def _tensors_of(part: Part, state: NormState | None) -> tuple[Tensor | None, ...]:
@@ -294,8 +306,7 @@ class _Layer:
         return torch.ops.aten.convolution_backward(grad, x, weight, biases, *geometry, list(needs))
 
 
-@dataclass
-class _Moments:
+class _Moments(NamedTuple):
     mean: Tensor
     inverse_std: Tensor
     count: int | Tensor
