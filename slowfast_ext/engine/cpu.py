@@ -7,6 +7,7 @@ import functools
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,8 @@ class CpuBackend:
                 frames = slow_frames if step.pathway == "slow" else fast_frames
                 self._choose_stem(step, frames(self.network, signature))
             elif step.operator in ("pool_head", "features"):
-                step.kernel, step.why = "reductions", "in float32"
-                step.run = finish(self.network, step.operator)
+                step.kernel, step.why = "reductions", "in float64"
+                step.run = self._finish(step.operator)
             else:
                 self._choose_convolution(step, last_uses[step.inputs[-1].buffer] == index)
         return CpuProgram(self.network, signature, steps, last_uses, notes)
@@ -94,6 +95,13 @@ class CpuBackend:
         scale, shift = normalisation_vectors(self.network)
         dtype = self.network.dtype
         return lambda frames: torch.addcmul(shift, frames.float(), scale).to(dtype).permute(0, 4, 1, 2, 3)
+
+    def _finish(self, operator: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """In float64: sums of some thousand products in the classifier round as much as all convolutions together."""
+        weight, bias = self.network.head_weight.double(), self.network.head_bias
+        network = replace(self.network, head_weight=weight, head_bias=None if bias is None else bias.double())
+        run = finish(network, operator)
+        return lambda slow, fast: run(slow.double(), fast.double()).float()
 
     def _choose_convolution(self, step: Step, last_use: bool) -> None:
         (convolution,) = step.convolutions
