@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -242,32 +243,52 @@ def test_a_fixed_number_of_views_that_does_not_fit_is_an_error(model, monkeypatc
         engine.video(torch.randn(4, 3, 4, 32, 32))
 
 
-def test_threads_share_an_engine(model):
-    engine = InferenceEngine(model, autotune=False)
-    clips = [torch.randn(1, 3, 8, 64, 64 + 2 * (index % 2)) for index in range(6)]
-    with torch.inference_mode():
-        expected = [model(clip) for clip in clips]
-    results = [None] * len(clips)
+def in_threads(*calls):
+    """The results of calls that run at the same time."""
+    results = [None] * len(calls)
 
-    def work(index):
-        results[index] = engine(clips[index])
+    def run(index):
+        results[index] = calls[index]()
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(clips))]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for result, reference in zip(results, expected, strict=True):
-        assert error(result, reference) < 1e-5
+    return results
 
 
-def test_two_engines_do_not_disturb_each_other(clip):
-    models = [lively_model(small_config()) for _ in range(2)]
-    engines = [InferenceEngine(model, autotune=False) for model in models]
+def test_threads_share_an_engine(model):
+    engine = InferenceEngine(model, autotune=False)
+    clips = [torch.randn(1, 3, 8, 64, 64 + 2 * (index % 2)) for index in range(6)]
+    results = in_threads(*(partial(engine, clip) for clip in clips))
     with torch.inference_mode():
-        for _ in range(2):
-            for model, engine in zip(models, engines, strict=True):
-                assert error(engine(clip), model(clip)) < 1e-5
+        for clip, result in zip(clips, results, strict=True):
+            assert error(result, model(clip)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["onednn", "fused"])
+def test_two_engines_in_two_threads_do_not_disturb_each_other(clip, backend):
+    models = [lively_model(small_config()) for _ in range(2)]
+    engines = [make_engine(backend, model, autotune=False) for model in models]
+
+    def several(engine):
+        return [engine(clip) for _ in range(4)]
+
+    results = in_threads(*(partial(several, engine) for engine in engines))
+    with torch.inference_mode():
+        for model, logits in zip(models, results, strict=True):
+            expected = model(clip)
+            assert all(error(each, expected) < 1e-5 for each in logits)
+
+
+@pytest.mark.parametrize("backend", ["onednn", "fused"])
+def test_autocast_around_an_engine_changes_nothing(model, clip, backend):
+    engine, other = (make_engine(backend, model, autotune=False) for _ in range(2))
+    expected = engine(clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(clip), expected)
+        assert torch.equal(other(clip), expected)  # planned here
 
 
 def test_the_engine_is_a_snapshot_that_does_not_keep_the_model(clip):
