@@ -151,10 +151,14 @@ def test_nan_and_infinity_of_one_clip_reach_its_scores_and_no_others(model, valu
     assert error(logits[::2], model(clips)[::2].detach()) < 1e-5
 
 
-def test_a_change_of_shape_is_planned_anew_and_the_last_eight_are_kept(model):
+def test_a_change_of_shape_is_planned_anew_and_said_and_the_last_eight_are_kept(model, caplog):
+    caplog.set_level("INFO")
     engine = InferenceEngine(model, autotune=False)
     for width in range(32, 52, 2):
         engine(torch.randn(1, 3, 4, 32, width))
+        engine(torch.randn(1, 3, 4, 32, width))
+    assert caplog.messages[0] == "InferenceEngine: planned for (1, 3, 4, 32, 32), now also for (1, 3, 4, 32, 34)"
+    assert len(caplog.messages) == 9
     assert len(engine._programs) == 8
     known = set(map(id, engine._programs.values()))
     engine(torch.randn(1, 3, 4, 32, 50))
