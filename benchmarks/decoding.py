@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from latency import check_folders, progress
 from report import describe_environment, environment_line, format_table, plot_bars, write_json
-from timing import Summary, shuffled_rounds
 from tqdm import tqdm
 
 from slowfast_ext.data import DECODERS, ClipSampling, VideoError, open_video
+from slowfast_ext.evaluation.measuring import Summary, shuffled_rounds
 
 SECONDS = 30.0
 FRAMES, HEIGHT, WIDTH, RATE = 300, 256, 340, 30

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
-from timing import peak_growth
 from torch import Tensor
+
+from slowfast_ext.evaluation.measuring import peak_growth
 
 START_SECONDS = 300  # for importing torch and preparing the network
 
@@ -40,7 +41,7 @@ class Isolated:
         return self._ask("call")
 
     def peak_growth(self) -> int | None:
-        """As `timing.peak_growth`, there."""
+        """As `slowfast_ext.evaluation.measuring.peak_growth`, there."""
         return self._ask("peak")
 
     def close(self) -> None:

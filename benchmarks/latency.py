@@ -25,12 +25,12 @@ import torch
 from isolated import Isolated
 from report import describe_environment, environment_line, format_table, plot_bars, write_json
 from roofline import Layer, count_layers, floor_milliseconds
-from timing import Summary, shuffled_rounds, time_once
 from tqdm import tqdm
-from variants import VARIANTS, Outcome, create_network, prepare, reference_output, tolerance
+from variants import VARIANTS, Outcome, create_network, prepare, reference_output
 
 import slowfast_ext
 from slowfast_ext.engine import Ceilings, measure_ceilings
+from slowfast_ext.evaluation.measuring import Summary, shuffled_rounds, time_once, tolerance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_CROP = 32  # one position of the last feature map

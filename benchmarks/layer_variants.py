@@ -28,6 +28,15 @@ OPERATORS = {"fast_bottleneck": "fast_bottleneck", "stem": "stem", "lateral": "l
 # 8e-7, 5e-3 and 6e-4 in R50's layers and bottlenecks.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 TF32_TOLERANCE = TOLERANCE[torch.float16]  # its mantissa is as long
+FLUSHED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # far more than the caches hold
+
+
+def cache_flush(device: torch.device) -> Callable[[], object]:
+    """A callable that evicts all else from the device's caches, by reading: what was written would have to be written
+    back during the next call. On a GPU it takes longer than the host needs to launch the kernels of a residual block.
+    """
+    buffer = torch.ones(FLUSHED_BYTES[device.type] // 4, device=device)
+    return buffer.sum
 
 
 def implementations(device: torch.device) -> list[str]:

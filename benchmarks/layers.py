@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from latency import DTYPES, check_device, check_dtype, check_folders, check_workload, progress
-from layer_variants import IMPLEMENTATIONS, has_operator, implementations, part_of, prepare, tolerance
+from layer_variants import IMPLEMENTATIONS, cache_flush, has_operator, implementations, part_of, prepare, tolerance
 from report import describe_environment, environment_line, format_table, write_csv, write_json
 from roofline import (
     PLANS,
@@ -39,13 +39,13 @@ from roofline import (
     overlap_milliseconds,
     plans,
 )
-from timing import Summary, cache_flush, shuffled_rounds
 from torch import nn
 from tqdm import tqdm
 from variants import Outcome
 
 import slowfast_ext
 from slowfast_ext.engine import Ceilings, measure_ceilings
+from slowfast_ext.evaluation.measuring import Summary, shuffled_rounds
 
 SECONDS = {"cpu": 60.0, "cuda": 90.0}
 # An H200: 10^12 dense operations a second with 16-bit operands by wgmma and by mma.sync (TF32 has half), and bytes.

@@ -11,10 +11,10 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def newest() -> dict:
-    """The document that `latency.py --json` wrote last."""
+def newest(benchmark: str) -> dict:
+    """The document that ``--json`` of this benchmark wrote last."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("cpu-*.json")]
-    return max((each for each in documents if each["benchmark"] == "latency"), key=lambda each: each["began"])
+    return max((each for each in documents if each["benchmark"] == benchmark), key=lambda each: each["began"])
 
 
 def markdown(document: dict) -> str:
@@ -41,4 +41,4 @@ def markdown(document: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(newest()))
+    print(markdown(newest("latency")))

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from kept import KeptTensors, count_kept
 from latency import DTYPES, SMALLEST_CROP, check_device, check_dtype, check_folders, progress
 from report import describe_environment, environment_line, format_table, write_json
-from timing import FEWEST_ROUNDS, Summary, peak_growth
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import slowfast_ext
+from slowfast_ext.evaluation.measuring import FEWEST_ROUNDS, Summary, peak_growth
 
 CROP = 224  # of the recipes
 SECONDS = 120.0

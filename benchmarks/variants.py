@@ -13,16 +13,12 @@ from functools import partial
 
 import torch
 from isolated import Isolated
-from timing import peak_growth
 from torch import Tensor, nn
 
 import slowfast_ext
+from slowfast_ext.evaluation.measuring import peak_memory, relative_error, tolerance
 from slowfast_ext.models import BasicBlock3d, Bottleneck3d
 
-# Largest ||output - reference|| / ||reference|| of the logits, the reference being eager float32 without TF32. Rounding
-# gives 3e-6, 3e-2 and 3e-3 in R50 (eager and fused alike), a missing residual branch 6e-2 and more.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-TF32_TOLERANCE = TOLERANCE[torch.float16]  # its mantissa is as long
 WARM_UP_CALLS = 3
 
 
@@ -154,12 +150,6 @@ def reference_output(model: nn.Module, clip: Tensor, device: torch.device) -> Te
         return torch.cat([model(part.to(device)) for part in clip.split(1)])
 
 
-def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        return TF32_TOLERANCE
-    return TOLERANCE[dtype]
-
-
 def prepare(
     variant: Variant, model: nn.Module, clip: Tensor, reference: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Outcome:
@@ -190,13 +180,8 @@ def prepare(
             return outcome
         for _ in range(WARM_UP_CALLS if on_cuda else 1):
             call()
-        if on_cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            call()
-            outcome.peak_memory = torch.cuda.max_memory_allocated(device) - held
-        else:
-            outcome.peak_memory = call.peak_growth() if isinstance(call, Isolated) else peak_growth(call)
+        isolated = isinstance(call, Isolated)
+        outcome.peak_memory = call.peak_growth() if isolated else peak_memory(call, device, held)
         outcome.blocks = blocks() if callable(blocks) else blocks
     except Exception as error:  # compilers and kernels fail in many ways; the other variants go on
         outcome.reason = first_lines(error)
@@ -207,7 +192,7 @@ def prepare(
 
 def check_output(outcome: Outcome, output: Tensor, reference: Tensor, limit: float) -> bool:
     """Note the error of a float32 output, and that it is wrong where it is off by more than ``limit``."""
-    outcome.error = float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
+    outcome.error = relative_error(output, reference)
     if outcome.error <= limit:  # NaN is wrong
         return True
     outcome.status = "wrong"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..training.config_file import nearest
-from . import check_videos, convert, export, features, predict, predict_archive, report, test, train, zoo
+from . import bench, check_videos, convert, export, features, predict, predict_archive, report, test, train, zoo
 from .mmaction2_options import add_local_rank, adopt_local_rank
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="slowfast-ext", description="SlowFast video recognition.")
     add_local_rank(parser)  # torch.distributed.launch puts it in front of the command
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, test, report, predict, features, predict_archive, export, check_videos, convert, zoo):
+    for command in (train, test, report, predict, features, predict_archive, export, bench, check_videos, convert, zoo):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

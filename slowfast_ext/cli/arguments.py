@@ -16,7 +16,7 @@ import slowfast_ext
 from ..data import DECODERS, ViewPlan
 from ..engine import InferenceEngine
 from ..evaluation.inference import PlainEngine, prepare
-from ..models import SlowFastConfig
+from ..models import SlowFastConfig, build_model, get_config
 from .files import positive
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -33,6 +33,14 @@ def add_network_options(parser: argparse.ArgumentParser, *, required: bool = Tru
         metavar="NAME",
         help="zoo name (see slowfast-ext zoo); without it the network that the weights describe",
     )
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --checkpoint and --config, for `find_network`."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint, or zoo name; without --checkpoint of random weights"
+    )
+    add_network_options(parser, required=False)
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +177,26 @@ def load_network(args: argparse.Namespace, labels: list[str] | None = None) -> n
             f"'{args.checkpoint}', got {len(labels)}"
         )
     return model.eval()
+
+
+def find_network(args: argparse.Namespace) -> nn.Module:
+    """The network of MODEL, which is either a checkpoint or a zoo name."""
+    if os.path.exists(args.model):
+        if args.checkpoint is not None:
+            raise ValueError(f"--checkpoint goes with a zoo name, got the file '{args.model}' as MODEL")
+        args.checkpoint = args.model
+        return load_network(args)
+    try:
+        config = get_config(args.model)
+    except ValueError as error:
+        raise ValueError(f"MODEL must be a file or a zoo name (see slowfast-ext zoo), got '{args.model}'") from error
+    if args.config is not None:
+        raise ValueError(f"--config goes with a checkpoint, got the zoo name '{args.model}' as MODEL")
+    if args.checkpoint is None:
+        warn(args.command, ["the weights are random: no --checkpoint"])
+        return build_model(config).eval()
+    args.config = args.model
+    return load_network(args)
 
 
 def view_plan(config: SlowFastConfig, args: argparse.Namespace) -> ViewPlan:

@@ -4,12 +4,9 @@ import argparse
 import os
 import sys
 
-from torch import nn
-
 from ..evaluation.extras import require_packages
 from ..evaluation.onnx_export import OUTPUTS, export_onnx
-from ..models import build_model, get_config
-from .arguments import add_network_options, load_network, warn
+from .arguments import add_model_argument, find_network
 from .files import check_writable, positive
 
 _DESCRIPTION = """\
@@ -35,11 +32,8 @@ def add_parser(subparsers) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint, or zoo name; without --checkpoint of random weights"
-    )
+    add_model_argument(parser)
     parser.add_argument("output_file", metavar="OUT", help="file to write, .onnx")
-    add_network_options(parser, required=False)
     parser.add_argument("--output", default="logits", choices=OUTPUTS, help="what the file computes (default: logits)")
     parser.add_argument("--frames", type=positive, metavar="T", help="of the clip, instead of the network's test clip")
     parser.add_argument("--height", type=positive, metavar="H", help="of the clip, instead of the network's test crop")
@@ -55,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.output_file.endswith(".onnx"):
         raise ValueError(f"OUT must end in .onnx, got '{args.output_file}'")
     check_writable("OUT", args.output_file)
-    model = _network(args)
+    model = find_network(args)
     try:
         report = export_onnx(
             model,
@@ -78,23 +72,3 @@ def run(args: argparse.Namespace) -> int:
     size = os.path.getsize(report.path) / 1e6
     print(f"written: {report.path} ({size:.1f} MB, opset {report.opset})")
     return 0
-
-
-def _network(args: argparse.Namespace) -> nn.Module:
-    """The network of MODEL, which is either a checkpoint or a zoo name."""
-    if os.path.exists(args.model):
-        if args.checkpoint is not None:
-            raise ValueError(f"--checkpoint goes with a zoo name, got the file '{args.model}' as MODEL")
-        args.checkpoint = args.model
-        return load_network(args)
-    try:
-        config = get_config(args.model)
-    except ValueError as error:
-        raise ValueError(f"MODEL must be a file or a zoo name (see slowfast-ext zoo), got '{args.model}'") from error
-    if args.config is not None:
-        raise ValueError(f"--config goes with a checkpoint, got the zoo name '{args.model}' as MODEL")
-    if args.checkpoint is None:
-        warn(args.command, ["the weights are random: no --checkpoint"])
-        return build_model(config).eval()
-    args.config = args.model
-    return load_network(args)

@@ -61,7 +61,7 @@ class Tuner:
     def __init__(self, device: torch.device, versions: str, enabled: bool = True, path: Path | None = None):
         self.device, self.enabled = device, enabled
         self._path = cache_path() if path is None else path
-        self._machine = f"{_device_name(device)}, {versions}"
+        self._machine = f"{device_name(device)}, {versions}"
         self._known = self._read().get(self._machine, {}) if enabled else {}
         self._new: dict[str, dict] = {}
 
@@ -163,9 +163,10 @@ def _times(milliseconds: object) -> str:
     return ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(milliseconds.items(), key=lambda item: item[1]))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor with the instructions and threads that torch uses."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     model = ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

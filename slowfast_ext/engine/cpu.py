@@ -7,6 +7,7 @@ import functools
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,8 @@ class CpuBackend:
                 frames = slow_frames if step.pathway == "slow" else fast_frames
                 self._choose_stem(step, frames(self.network, signature))
             elif step.operator in ("pool_head", "features"):
-                step.kernel, step.why = "reductions", "in float32"
-                step.run = finish(self.network, step.operator)
+                step.kernel, step.why = "reductions", "in float64"
+                step.run = self._finish(step.operator)
             else:
                 self._choose_convolution(step, last_uses[step.inputs[-1].buffer] == index)
         return CpuProgram(self.network, signature, steps, last_uses, notes)
@@ -94,6 +95,13 @@ class CpuBackend:
         scale, shift = normalisation_vectors(self.network)
         dtype = self.network.dtype
         return lambda frames: torch.addcmul(shift, frames.float(), scale).to(dtype).permute(0, 4, 1, 2, 3)
+
+    def _finish(self, operator: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """In float64: sums of some thousand products in the classifier round as much as all convolutions together."""
+        weight, bias = self.network.head_weight.double(), self.network.head_bias
+        network = replace(self.network, head_weight=weight, head_bias=None if bias is None else bias.double())
+        run = finish(network, operator)
+        return lambda slow, fast: run(slow.double(), fast.double()).float()
 
     def _choose_convolution(self, step: Step, last_use: bool) -> None:
         (convolution,) = step.convolutions
@@ -124,6 +132,7 @@ class CpuBackend:
         channels, length = output.shape[1:3]
         folds = [fold for fold in (1, 2, _MOST_FOLDED) if length % fold == 0 and fold * channels <= 2 * _LANES]
         folds = folds if channels < _LANES else [1]
+        folds = [fold for fold in folds if _sums_apart(stem, fold, length)] or folds
         folds.sort(key=lambda fold: abs(fold * channels - _LANES))  # the first is taken without tuning
         runs = {}
         for fold in folds:
@@ -144,18 +153,36 @@ class CpuBackend:
     def _stem(
         self, stem: Convolution, shape: tuple[int, ...], frames: list[int] | None, fold: int
     ) -> Callable[[Tensor], Tensor]:
+        """``fold`` frames of the output are computed from these and a few neighbours, as channels.
+
+        In float32 the products with earlier, own and later frames are three sums: oneDNN adds all products of a
+        convolution in one chain, and the rounding in that of the fast stem, 735 long, is most of a network's error.
+        """
         channels, _, kernel_t, *size = stem.weight.shape
         weight = torch.zeros(fold, channels, 3, kernel_t + fold - 1, *size)
         for frame in range(fold):  # of the output: its taps begin that much later
             weight[frame, :, :, frame : frame + kernel_t] = stem.weight
-        weight = weight.flatten(0, 1).to(stem.weight.dtype, memory_format=torch.channels_last_3d)
-        geometry = (stem.padding, (fold, *stem.stride[1:]), (1, 1, 1), 1)
-        length = shape[2] if frames is None else len(frames)
-        weight = _reorder(weight, *geometry, (shape[0], 3, length, *shape[3:]))
+        weight = weight.flatten(0, 1).to(stem.weight.dtype)
+        length, reach = shape[2] if frames is None else len(frames), stem.padding[0]
+        sizes = (shape[0], 3, length, *shape[3:])
+        apart = _sums_apart(stem, fold, length)
+        padding = (0 if apart else reach, *stem.padding[1:])
+        geometry = (padding, (fold, *stem.stride[1:]), (1, 1, 1), 1)
+        weights = [
+            _reorder(part.contiguous(memory_format=torch.channels_last_3d), *geometry, sizes)
+            for part in (weight.split((reach, fold, reach), 2) if apart else (weight,))
+        ]
+        earlier, own, later = weights if apart else (None, *weights, None)
         bias = None if stem.bias is None else stem.bias.repeat(fold)
+        onto = (None, *geometry, "add", None, None, [], None)
 
         def run(clip: Tensor) -> Tensor:
-            y = _convolve(_select(clip, frames), weight, bias, *geometry, "none", [], "")
+            x = _select(clip, frames)
+            y = _convolve(x, own, bias, *geometry, "none", [], "")
+            if apart:
+                for one, target in zip(x.split(1), y.split(1), strict=True):  # of one clip, frames are views
+                    _convolve_onto(target[:, :, 1:], one[:, :, fold - reach : -fold], earlier, *onto)
+                    _convolve_onto(target[:, :, :-1], one[:, :, fold:], later, *onto)
             # oneDNN's ReLU makes 0 of NaN, torch's does not; the maximum commutes with both.
             y = F.max_pool3d(y, *POOLING).relu_()
             if fold == 1:
@@ -217,6 +244,15 @@ def _select(clip: Tensor, frames: list[int] | None) -> Tensor:
         return clip
     pictures = clip.permute(0, 2, 3, 4, 1)
     return torch.cat([pictures[:, frame : frame + 1] for frame in frames], 1).permute(0, 4, 1, 2, 3)
+
+
+def _sums_apart(stem: Convolution, fold: int, length: int) -> bool:
+    """Whether sums over earlier, own and later frames are taken one by one, where ``fold`` frames are computed at once.
+
+    The kernel reaches no further than to the neighbouring ``fold`` frames, so no part of a sum needs half its padding.
+    """
+    reach = stem.padding[0]
+    return stem.weight.dtype == torch.float32 and 0 < reach <= fold < length and stem.weight.shape[2] == 2 * reach + 1
 
 
 def _plain_stem(stem: Convolution, clip: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -173,7 +174,7 @@ class InferenceEngine:
         if signature.shape[0] == 0:
             width = self._backend.network.head_weight.shape[0 if output == "logits" else 1]
             return torch.empty(0, width, device=self.device)
-        with self._lock:
+        with self._lock, _without_autocast(self.device):
             program = self._prepared(signature)
             if self.device.type == "cpu":
                 return program(clip)
@@ -191,7 +192,7 @@ class InferenceEngine:
             if self._programs:
                 known = next(reversed(self._programs))
                 logger.info("InferenceEngine: planned for %s, now also for %s", known.shape, signature.shape)
-            with torch.inference_mode():
+            with torch.inference_mode(), _without_autocast(self.device):
                 program = self._backend.program(signature)
             self._tuner.save()
             self._programs[signature] = program
@@ -250,6 +251,12 @@ class InferenceEngine:
 
     def __repr__(self) -> str:
         return f"InferenceEngine({self._backend.name} on {self.device}, {self.dtype}, {len(self._programs)} plans)"
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The plan says which type each step computes in."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _device(device: torch.device | str | None, actual: torch.device) -> torch.device:

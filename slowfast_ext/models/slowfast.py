@@ -42,10 +42,20 @@ class SlowFastBackbone(nn.Module):
         config = self.config
         if config.frame_sampling == "strided":
             slow = clip[:, :, :: config.resample_rate]
+        elif torch.compiler.is_compiling():
+            slow = clip.index_select(2, self.linspace_frames(clip.shape[2], clip.device))
         else:
-            # One copy of each frame: an index tensor would have to travel to the device.
+            # One copy of each frame, in the layout of the clip: an index tensor would have to travel to the device.
             slow = torch.cat([clip.narrow(2, index, 1) for index in config.slow_frames(clip.shape[2])], 2)
         return slow, clip[:, :, :: config.resample_rate // config.speed_ratio]
+
+    def linspace_frames(self, frames: int | torch.SymInt, device: torch.device) -> Tensor:
+        """The frames of ``frame_sampling="linspace"`` as an int64 tensor that is computed on ``device``.
+
+        Those of ``SlowFastConfig.slow_frames``, whose list would fix the number of frames of an exported program.
+        """
+        count = frames // self.config.resample_rate
+        return torch.arange(count, device=device) * (frames - 1) // max(count - 1, 1)
 
     def forward(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """The last feature maps of both pathways.

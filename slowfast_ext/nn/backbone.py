@@ -20,7 +20,7 @@ class FusedSlowFastBackbone(FusedBlock):
 
     Args:
         plain: a block with children ``slow_path`` and ``fast_path``, which have ``conv1``, ``stages`` and (the slow
-            one) ``laterals``; with methods ``check_clip`` and ``split``, and ``config``.
+            one) ``laterals``; with methods ``check_clip``, ``split`` and ``linspace_frames``, and ``config``.
     """
 
     nested = True
@@ -74,12 +74,12 @@ class FusedSlowFastBackbone(FusedBlock):
             return *type(self.plain).split(self, clip), {}
         key = (clip.shape[2], clip.device)
         if torch.compiler.is_compiling():
-            frames = torch.tensor(self.config.slow_frames(clip.shape[2]), device=clip.device)
+            frames = type(self.plain).linspace_frames(self, *key)
         elif key in self.slow_frames:
             frames = self.slow_frames[key]
         else:
             with torch.inference_mode(False):
-                frames = torch.tensor(self.config.slow_frames(clip.shape[2]), device=clip.device)
+                frames = type(self.plain).linspace_frames(self, *key)
             self.slow_frames[key] = frames
         return clip, clip, {"frames": frames}  # linspace shows the fast pathway all frames
 

@@ -9,7 +9,6 @@ import json
 import layer_variants
 import layers
 import pytest
-import timing
 import torch
 import torch.nn.functional as F
 from roofline import compute_milliseconds, count_layers, floor_milliseconds, fused_blocks, overlap_milliseconds, plans
@@ -236,12 +235,17 @@ def tiny():
         patch.setattr(slowfast_ext, "create_model", lambda name: models.build_model(network))
         patch.setitem(ceilings._GEMM_SIZE, "cpu", 64)
         patch.setitem(ceilings._COPIED_BYTES, "cpu", 2**16)
-        patch.setitem(timing.FLUSHED_BYTES, "cpu", 2**12)
+        patch.setitem(layer_variants.FLUSHED_BYTES, "cpu", 2**12)
         patch.setattr(layer_variants, "OPERATORS", {"fast_bottleneck": "fast_bottleneck"})
         patch.setattr(ops, "fast_bottleneck", fast_bottleneck, raising=False)
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
+
+
+def test_a_flush_reads_as_much_as_it_says(monkeypatch):
+    monkeypatch.setitem(layer_variants.FLUSHED_BYTES, "cpu", 400)
+    assert layer_variants.cache_flush(torch.device("cpu"))() == 100  # ones in float32
 
 
 def run(tmp_path, *options):

@@ -122,13 +122,19 @@ def test_a_network_compiles_to_one_graph():
         close(compiled(x), expected, model)
 
 
-def test_a_network_exports_with_a_dynamic_batch():
-    model = network(frame_sampling="linspace", lateral_norm=True)
+@pytest.mark.parametrize("frame_sampling", ["strided", "linspace"])
+def test_a_network_exports_with_any_batch_and_number_of_frames(frame_sampling):
+    model = network(frame_sampling=frame_sampling, lateral_norm=True)
     accelerate(model, strict=True).requires_grad_(False)
+    batch, slow_frames = torch.export.Dim("N", min=1, max=64), torch.export.Dim("slow_frames", min=2, max=64)
+    sizes = ({0: batch, 2: slow_frames * model.config.resample_rate},)
     with torch.no_grad():
-        program = torch.export.export(model, (clip(2),), dynamic_shapes=({0: torch.export.Dim("N", min=1, max=64)},))
-        x = clip(3)
-        close(program.module()(x), restore(model)(x), model)
+        program = torch.export.export(model, (clip(2),), dynamic_shapes=sizes).module()
+        restore(model)
+        for x in (clip(3, frames=8), clip(1, frames=24)):
+            close(program(x), model(x), model)
+        with pytest.raises(AssertionError, match="Guard failed"):  # torch takes a size of 1 for a constant
+            program(clip(1, frames=4))
 
 
 @pytest.mark.parametrize("linspace", [False, True])

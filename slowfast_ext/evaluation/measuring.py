@@ -1,4 +1,4 @@
-"""Timing of several callables side by side, and the statistics of the samples."""
+"""How long calls take, side by side, how much memory they need, and how far their results are off."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import Tensor
 
 FEWEST_ROUNDS = 3  # also where the time budget is spent: a median of fewer samples is none
 MOST_ROUNDS = 2000  # where a round takes microseconds, the time budget would fill the memory with samples
-FLUSHED_BYTES = {"cpu": 2**26, "cuda": 2**30}  # far more than the caches hold
+# Largest ||output - reference|| / ||reference|| of a network's logits, the reference being plain float32 without TF32.
+# Rounding gives 3e-6, 3e-2 and 3e-3 in R50 (eager and fused alike), a missing residual branch 6e-2 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = TOLERANCE[torch.float16]  # its mantissa is as long
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,6 @@ class Summary:
             raise ValueError("Summary.of: samples must not be empty, got []")
         p10, median, p90 = numpy.percentile(samples, (10, 50, 90))
         return cls(float(median), float(p10), float(p90))
-
-
-def cache_flush(device: torch.device) -> Callable[[], object]:
-    """A callable that evicts all else from the device's caches, by reading: what was written would have to be written
-    back during the next call. On a GPU it takes longer than the host needs to launch the kernels of a residual block.
-    """
-    buffer = torch.ones(FLUSHED_BYTES[device.type] // 4, device=device)
-    return buffer.sum
 
 
 def time_once(call: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> float:
@@ -96,6 +92,16 @@ def shuffled_rounds(
         yield {name: time_once(calls[name], device, before) for name in order}
 
 
+def peak_memory(call: Callable[[], object], device: torch.device, held: int = 0) -> int | None:
+    """Bytes that one call needs: of a GPU what torch had allocated at most, less ``held``; else :func:`peak_growth`."""
+    if device.type != "cuda":
+        return peak_growth(call)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - held
+
+
 def peak_growth(call: Callable[[], object]) -> int | None:
     """Bytes by which the resident memory of this process rises above its present value during one call.
 
@@ -117,3 +123,15 @@ def _process_memory(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """``||output - reference|| / ||reference||``, of tensors of one shape, dtype and device."""
+    return float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest :func:`relative_error` of logits that were computed in ``dtype``."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return TF32_TOLERANCE
+    return TOLERANCE[dtype]
