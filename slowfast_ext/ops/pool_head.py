@@ -112,7 +112,9 @@ def _windows(features: Tensor, window, softmax_positions: bool) -> Tensor:
 
 def _average(features: Tensor, windows: Tensor) -> Tensor:
     """Tensor[N, C, T, H, W] -> Tensor[N, P, C]."""
-    return windows @ features.mean(2, dtype=windows.dtype).flatten(2).mT
+    # In channels_last_3d a view, whose sum torch vectorises over pixels and channels.
+    planes = features.permute(0, 2, 3, 4, 1).flatten(2, 3).sum(1, dtype=windows.dtype)
+    return windows @ planes / features.shape[2]
 
 
 def _summarise(logits: Tensor, softmax_positions: bool, views: int) -> Tensor:
