@@ -141,6 +141,8 @@ class _DecordVideo(Video):
 class _PyAVVideo(Video):
     def __init__(self, path: str):
         self._av = _import("av", "pyav")
+        # One for all frames: to prepare the conversion takes longer than to convert one.
+        self._converter = importlib.import_module("av.video.reformatter").VideoReformatter()
         self.path = path
         self._seekable = True
         try:
@@ -197,7 +199,7 @@ class _PyAVVideo(Video):
                 frame = next(decoded, None)
             if frame is None:
                 raise VideoError(self.path, "it ends before the last frame that its index promises")
-            yield _upright_rgb(frame)
+            yield _upright(self._converter.reformat(frame, format="rgb24").to_ndarray(), frame.rotation)
 
     def _decoded_from(self, key_time):
         """Frames from a key frame on, or from the very first if the format cannot seek to it (MPEG-TS lands behind)."""
@@ -257,9 +259,8 @@ def _decord():
     return decord
 
 
-def _upright_rgb(frame) -> np.ndarray:
-    picture = frame.to_ndarray(format="rgb24")
-    quarters = round(frame.rotation / 90) % 4
+def _upright(picture: np.ndarray, degrees: float) -> np.ndarray:
+    quarters = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, quarters)) if quarters else picture
 
 
