@@ -169,7 +169,7 @@ def _train(
     norm = "sync" if options.sync_bn else settings.model.norm
     model = convert_batch_norm(model, norm, settings.model.norm_splits)
     if options.accelerate:
-        model = accelerate(model, mode="training")
+        model = accelerate(model.to(memory_format=torch.channels_last_3d), mode="training")
         log.info(f"accelerated: {explain(model).summary}")
 
     settings = _with_scaled_rate(settings, options, processes, log)

@@ -153,3 +153,13 @@ def test_a_path_into_mmaction2_that_does_not_exist_stands_for_the_zoo():
     assert found == name
     assert config["data"]["videos_per_gpu"] == 4
     assert "videos_per_gpu=4" in format_config(config)
+
+
+def test_fused_blocks_are_trained_on_request_and_their_checkpoint_is_anybodys(folder):
+    assert _train(folder, "--seed", "1", "--accelerate", "--amp", "bf16", "--validate") == 0
+    text = next((folder / "run").glob("*.log")).read_text()
+    assert re.search(r"accelerated: (\d+) of \1 candidates fused; operators run in", text)
+    assert [line["epoch"] for line in _lines(folder) if line.get("mode") == "val"] == [1, 2]
+    # Plain blocks go on where they stopped.
+    assert _train(folder, "--resume-from", "auto", "--cfg-options", "total_epochs=3") == 0
+    assert _lines(folder)[-1]["epoch"] == 3
