@@ -267,7 +267,7 @@ class _Layer:
     def normalize(
         self,
         y: Tensor,
-        statistics: tuple[Tensor, Tensor] | None = None,
+        statistics: tuple[Tensor, ...] | None = None,
         residual: Tensor | None = None,
         *,
         relu: bool,
