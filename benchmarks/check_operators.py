@@ -80,22 +80,22 @@ def _fast_bottleneck(in_channels: int, channels: int, stride: int) -> Case:
 
 
 def _batch_norm(
-    operator: str, reference: Callable, maps: tuple[str, ...], channels: int = 24, means: bool = False, **options
+    operator: str, reference: Callable, maps: tuple[str, ...], channels: int = 24, sums: bool = False, **options
 ) -> Case:
     """Of a pass over two groups of clips; ``reference`` takes the maps in their order, then the vectors."""
     groups = torch.linspace(-1, 1, 2 * channels).view(2, channels)
     vectors = {"mean": groups, "inverse_std": 1.5 + groups / 2, "weight": 1 + groups[0], "bias": groups[1]}
-    if means:
-        vectors |= {"mean_grad": groups / 4, "mean_grad_normalized": -groups / 4}
+    if sums:
+        vectors |= {"sum_grad": 45 * groups, "sum_grad_normalized": -45 * groups}
     return Case(operator, reference, dict.fromkeys(maps, (4, channels, 3, 5, 6)) | vectors, **options)
 
 
 CASES = {
     "batch_norm_statistics": Case(
         "batch_norm_statistics",
-        lambda x: batch_norm.batch_norm_statistics_reference(x, 2),
+        lambda x: batch_norm.batch_norm_statistics_reference(x, 2, 0.25),
         {"x": (4, 24, 3, 5, 6)},
-        {"splits": 2},
+        {"splits": 2, "eps": 0.25},
     ),
     "batch_norm_statistics_odd_channels": Case(
         "batch_norm_statistics", lambda x: batch_norm.batch_norm_statistics_reference(x, 1), {"x": (3, 5, 3, 5, 6)}
@@ -125,17 +125,17 @@ CASES = {
     ),
     "batch_norm_apply_gradient": _batch_norm(
         "batch_norm_apply_gradient",
-        lambda grad, x, y, mean, inverse_std, weight, bias, *means: batch_norm.batch_norm_apply_gradient_reference(
-            grad, x, mean, inverse_std, weight, bias, y, True, *means, True
+        lambda grad, x, y, mean, inverse_std, weight, bias, *sums: batch_norm.batch_norm_apply_gradient_reference(
+            grad, x, mean, inverse_std, weight, bias, y, True, *sums, 180, True
         ),
         ("grad", "x", "y"),
-        means=True,
-        keywords={"residual": True},
+        sums=True,
+        keywords={"count": 180, "residual": True},
     ),
     "batch_norm_apply_gradient_odd_channels": _batch_norm(
         "batch_norm_apply_gradient",
         lambda grad, x, *vectors: batch_norm.batch_norm_apply_gradient_reference(
-            grad, x, *vectors, None, True, None, None, True
+            grad, x, *vectors, None, True, None, None, 0, True
         ),
         ("grad", "x"),
         13,
@@ -180,9 +180,9 @@ CASES = {
     ),
     "conv3d_statistics": Case(
         "conv3d_statistics",
-        lambda *tensors: ops.conv3d_statistics_reference(*tensors, (1, 2, 2), (1, 1, 1)),
+        lambda *tensors: ops.conv3d_statistics_reference(*tensors, (1, 2, 2), (1, 1, 1), 0.25),
         {"x": (2, 24, 4, 9, 10), "weight": (40, 24, 3, 3, 3)},
-        {"stride": (1, 2, 2), "padding": 1},
+        {"stride": (1, 2, 2), "padding": 1, "eps": 0.25},
         of_rounded=True,
     ),
     **{

@@ -37,6 +37,10 @@ void check_affine(const char* op, const Tensor& x, const Tensor& mean, const Ten
   if (bias) check_floats(*bias, op, "bias", x, {x.size(1)});
 }
 
+Tensor empty_floats(const Tensor& x, const Sizes& shape) {
+  return torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device());
+}
+
 // Parameters of the kernels, and what they point to, in layouts that the kernels take: must outlive the launches.
 class Operands {
  public:
@@ -76,18 +80,10 @@ class Operands {
 
   void plan(const Tensor& x) { plan_batch_norm(p, static_cast<int>(element_size(x))); }
 
-  // Plans a reduction, which gives two tensors.
-  std::tuple<Tensor, Tensor> reduce(const Tensor& x) {
+  void plan_reduction(const Tensor& x) {
     plan(x);
-    const auto empty = [&](const Sizes& shape) {
-      return torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device());
-    };
-    kept_.push_back(empty({p.groups, p.blocks, p.channels, 2}));
+    kept_.push_back(empty_floats(x, {p.groups, p.blocks, p.channels, 2}));
     p.partials = reinterpret_cast<float2*>(kept_.back().data_ptr());
-    Tensor first = empty({p.groups, p.channels}), second = empty({p.groups, p.channels});
-    p.first = first.mutable_data_ptr<float>();
-    p.second = second.mutable_data_ptr<float>();
-    return {first, second};
   }
 
  private:
@@ -113,17 +109,23 @@ Tensor empty_like_channels_last(const Tensor& x) {
                               MemoryFormat::ChannelsLast3d);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& x, int64_t splits) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_statistics(const Tensor& x, int64_t splits, double eps) {
   constexpr const char* kName = "batch_norm_statistics";
   check_x(kName, x, splits);
+  check_eps(kName, eps);
   const DeviceGuard guard(x.get_device_index());
   Operands operands(kName, x, splits);
   operands.p.x = operands.read(x);
-  const auto statistics = operands.reduce(x);
-  if (x.size(1) == 0) return statistics;
-  with_element(x,
-               [&](auto element) { launch_batch_norm_statistics<decltype(element)>(operands.p, current_stream(x)); });
-  return statistics;
+  operands.plan_reduction(x);
+  Tensor mean = empty_floats(x, {splits, x.size(1)}), variance = empty_floats(x, {splits, x.size(1)}),
+         inverse_std = empty_floats(x, {splits, x.size(1)});
+  if (x.size(1) == 0) return {mean, variance, inverse_std};
+  const MergeMoments::Results results{mean.mutable_data_ptr<float>(), variance.mutable_data_ptr<float>(),
+                                      inverse_std.mutable_data_ptr<float>(), static_cast<float>(eps)};
+  with_element(x, [&](auto element) {
+    launch_batch_norm_statistics<decltype(element)>(operands.p, results, current_stream(x));
+  });
+  return {mean, variance, inverse_std};
 }
 
 void check_apply(const Tensor& x, const Tensor& mean, const Tensor& inverse_std, const OptionalTensor& weight,
@@ -177,27 +179,34 @@ std::tuple<Tensor, Tensor> batch_norm_reduce_gradient(const Tensor& grad, const 
   if (relu) operands.p.y = operands.read(y);
   operands.read_affine(mean, inverse_std, weight, bias);
   operands.p.relu = relu;
-  const auto sums = operands.reduce(x);
-  if (x.size(1) == 0) return sums;
-  with_element(
-      x, [&](auto element) { launch_batch_norm_reduce_gradient<decltype(element)>(operands.p, current_stream(x)); });
-  return sums;
+  operands.plan_reduction(x);
+  Tensor sum_grad = empty_floats(x, {mean.size(0), x.size(1)}),
+         sum_grad_normalized = empty_floats(x, {mean.size(0), x.size(1)});
+  if (x.size(1) == 0) return {sum_grad, sum_grad_normalized};
+  with_element(x, [&](auto element) {
+    launch_batch_norm_reduce_gradient<decltype(element)>(operands.p, sum_grad.mutable_data_ptr<float>(),
+                                                         sum_grad_normalized.mutable_data_ptr<float>(),
+                                                         current_stream(x));
+  });
+  return {sum_grad, sum_grad_normalized};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_apply_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                                      const Tensor& inverse_std, const OptionalTensor& weight,
                                                      const OptionalTensor& bias, const OptionalTensor& y, bool relu,
-                                                     const OptionalTensor& mean_grad,
-                                                     const OptionalTensor& mean_grad_normalized, bool residual) {
+                                                     const OptionalTensor& sum_grad,
+                                                     const OptionalTensor& sum_grad_normalized, double count,
+                                                     bool residual) {
   constexpr const char* kName = "batch_norm_apply_gradient";
   check_affine(kName, x, mean, inverse_std, weight, bias);
   check_map(kName, "grad", grad, x);
   check_map(kName, "y", y, x);
-  STD_TORCH_CHECK(mean_grad.has_value() == mean_grad_normalized.has_value(), kName,
-                  ": mean_grad must be given exactly with mean_grad_normalized, got one of them");
-  if (mean_grad) {
-    check_floats(*mean_grad, kName, "mean_grad", x, {mean.size(0), x.size(1)});
-    check_floats(*mean_grad_normalized, kName, "mean_grad_normalized", x, {mean.size(0), x.size(1)});
+  STD_TORCH_CHECK(sum_grad.has_value() == sum_grad_normalized.has_value(), kName,
+                  ": sum_grad must be given exactly with sum_grad_normalized, got one of them");
+  if (sum_grad) {
+    check_floats(*sum_grad, kName, "sum_grad", x, {mean.size(0), x.size(1)});
+    check_floats(*sum_grad_normalized, kName, "sum_grad_normalized", x, {mean.size(0), x.size(1)});
+    STD_TORCH_CHECK(count > 0 || x.numel() == 0, kName, ": count must be positive with sum_grad, got ", count);
   }
   const DeviceGuard guard(x.get_device_index());
   const Tensor grad_x = empty_like_channels_last(x);
@@ -206,14 +215,15 @@ std::tuple<Tensor, Tensor> batch_norm_apply_gradient(const Tensor& grad, const T
   if (x.numel() == 0) return {grad_x, grad_residual};
   Operands operands(kName, x, mean.size(0));
   // Of x nothing is needed where neither the statistics nor the ReLU depend on it.
-  if (mean_grad || (relu && !y)) operands.p.x = operands.read(x);
+  if (sum_grad || (relu && !y)) operands.p.x = operands.read(x);
   operands.p.grad = operands.read(grad);
   if (relu) operands.p.y = operands.read(y);
   operands.p.grad_x = Operands::write(grad_x);
   if (residual) operands.p.grad_residual = Operands::write(grad_residual);
   operands.read_affine(mean, inverse_std, weight, bias);
-  operands.p.mean_grad = operands.read_vector(mean_grad);
-  operands.p.mean_grad_normalized = operands.read_vector(mean_grad_normalized);
+  operands.p.sum_grad = operands.read_vector(sum_grad);
+  operands.p.sum_grad_normalized = operands.read_vector(sum_grad_normalized);
+  if (sum_grad) operands.p.inverse_count = static_cast<float>(1 / count);
   operands.p.relu = relu;
   operands.plan(x);
   with_element(

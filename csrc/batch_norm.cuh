@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_kernel(con
       });
 }
 
-// From x to mean (p.first) and biased variance (p.second), both 0 of no rows. p is planned.
+// From x to the statistics, of no rows mean and variance 0. p is planned.
 template <typename Element>
-void launch_batch_norm_statistics(const BatchNormParameters& p, cudaStream_t stream) {
+void launch_batch_norm_statistics(const BatchNormParameters& p, const MergeMoments::Results& statistics,
+                                  cudaStream_t stream) {
   launch_batch_norm<Element>(p, batch_norm_statistics_kernel<Element, true>,
                              batch_norm_statistics_kernel<Element, false>, true, stream);
-  launch_merge_statistics(p.partials, p.first, p.second, p.groups, p.blocks, p.channels, p.rows, p.rows_per_block,
-                          stream);
+  launch_batch_norm_merge<MergeMoments>(merge_parameters(p), statistics, stream);
 }
 
 // From x, and perhaps a residual, to y, which may be one of them. p is planned.

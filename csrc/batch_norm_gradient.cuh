@@ -67,14 +67,17 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_gradient_k
   const BatchNormPlace<Tile> at(p, false);
   if (at.row >= at.end) return;
   const BatchNormAffine<kChunk> affine(p, at.group, at.channel);
-  // grad_x = scale * (g - mean_grad - slope * (x - mean))
+  // grad_x = scale * (g - mean_grad - slope * (x - mean)), with means over the elements of a group
   float mean_grad[kChunk], slope[kChunk], inverse_std[kChunk];
   const int64_t of_group = int64_t(at.group) * p.channels + at.channel;
-  load_vector(mean_grad, p.mean_grad, of_group, 0.f);
-  load_vector(slope, p.mean_grad_normalized, of_group, 0.f);
+  load_vector(mean_grad, p.sum_grad, of_group, 0.f);
+  load_vector(slope, p.sum_grad_normalized, of_group, 0.f);
   load_vector(inverse_std, p.inverse_std, of_group, 0.f);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) slope[i] *= inverse_std[i];
+  for (int i = 0; i < kChunk; ++i) {
+    mean_grad[i] *= p.inverse_count;
+    slope[i] *= p.inverse_count * inverse_std[i];
+  }
   for_each_row<2>(
       p, at, [&](int pixel) { return Chunks::load(p, pixel, at.channel); },
       [&](const Chunks& chunks, int pixel) {
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_gradient_k
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           // Not with factors of 0: what is infinite in x is none of a constant's business.
-          grad_x[i] = p.mean_grad ? g[i] - mean_grad[i] - centered[i] * slope[i] : g[i];
+          grad_x[i] = p.sum_grad ? g[i] - mean_grad[i] - centered[i] * slope[i] : g[i];
           grad_x[i] *= affine.scale[i];
         }
         store_pixel<Tile>(p.grad_x, pixel, at.channel, grad_x);
@@ -91,14 +94,13 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_gradient_k
       });
 }
 
-// From grad, x and perhaps y to the sums of g (p.first) and of g * (x - mean) * inverse_std (p.second). p is planned.
+// From grad, x and perhaps y to the sums of g and of g * (x - mean) * inverse_std, (groups, channels). p is planned.
 template <typename Element>
-void launch_batch_norm_reduce_gradient(const BatchNormParameters& p, cudaStream_t stream) {
+void launch_batch_norm_reduce_gradient(const BatchNormParameters& p, float* sum_grad, float* sum_grad_normalized,
+                                       cudaStream_t stream) {
   launch_batch_norm<Element>(p, batch_norm_reduce_gradient_kernel<Element, true>,
                              batch_norm_reduce_gradient_kernel<Element, false>, true, stream);
-  const BatchNormMergeParameters merge{p.partials, p.first,    p.second, p.inverse_std,
-                                       p.blocks,   p.channels, p.rows,   p.rows_per_block};
-  launch_batch_norm_merge<MergeSums>(merge, p.groups, stream);
+  launch_batch_norm_merge<MergeSums>(merge_parameters(p), {sum_grad, sum_grad_normalized, p.inverse_std}, stream);
 }
 
 // From grad, perhaps x and perhaps y to grad_x and perhaps grad_residual. p is planned.

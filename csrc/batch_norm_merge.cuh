@@ -19,10 +19,18 @@ struct MergeMoments {
     into.x += delta * share;
     into.y += other.y + delta * delta * (count * share);
   }
-  // {mean, biased variance}; zeros of nothing.
-  static __device__ __forceinline__ float2 finish(float2 moments, float count) {
-    return make_float2(moments.x, count > 0.f ? moments.y / count : 0.f);
-  }
+  // What becomes of them, each (groups, channels). Of nothing the mean and the biased variance are 0.
+  struct Results {
+    float *mean, *variance, *inverse_std;
+    float eps;  // inverse_std = 1 / sqrt(variance + eps)
+
+    __device__ __forceinline__ void store(int64_t at, float2 moments, float count) const {
+      const float biased = count > 0.f ? moments.y / count : 0.f;
+      mean[at] = moments.x;
+      variance[at] = biased;
+      inverse_std[at] = 1.f / sqrtf(biased + eps);
+    }
+  };
 };
 
 struct MergeSums {
@@ -30,7 +38,15 @@ struct MergeSums {
     into.x += other.x;
     into.y += other.y;
   }
-  static __device__ __forceinline__ float2 finish(float2 sums, float) { return sums; }
+  struct Results {
+    float *first, *second;  // (groups, channels)
+    const float* factor;    // (groups, channels), of the second
+
+    __device__ __forceinline__ void store(int64_t at, float2 sums, float) const {
+      first[at] = sums.x;
+      second[at] = sums.y * factor[at];
+    }
+  };
 };
 
 __device__ __forceinline__ float2 shuffle_xor(float2 value, int distance) {
@@ -40,9 +56,7 @@ __device__ __forceinline__ float2 shuffle_xor(float2 value, int distance) {
 
 struct BatchNormMergeParameters {
   const float2* partials;
-  float *first, *second;  // (groups, channels)
-  const float* factor;    // (groups, channels), of the second; null for 1
-  int blocks, channels;
+  int groups, blocks, channels;
   int rows, rows_per_block;  // of a group, of a block
 };
 
@@ -59,7 +73,7 @@ struct BatchNormMergeTile {
 // A block of threads merges all partials of kChannels channels of a group.
 template <typename Merge>
 __global__ void __launch_bounds__(BatchNormMergeTile::kThreads)
-    batch_norm_merge_kernel(const BatchNormMergeParameters p) {
+    batch_norm_merge_kernel(const BatchNormMergeParameters p, const typename Merge::Results results) {
   using Tile = BatchNormMergeTile;
   SHARED_MEMORY(shared);
   float2* const warp_merged = reinterpret_cast<float2*>(shared);  // (warp, channel)
@@ -95,24 +109,15 @@ __global__ void __launch_bounds__(BatchNormMergeTile::kThreads)
     Merge::merge(merged, warp_merged[other * Tile::kChannels + lane], count, warp_count[other]);
     count += warp_count[other];
   }
-  const float2 result = Merge::finish(merged, count);
-  const int64_t at = int64_t(group) * p.channels + channel;
-  p.first[at] = result.x;
-  p.second[at] = p.factor ? result.y * p.factor[at] : result.y;
+  results.store(int64_t(group) * p.channels + channel, merged, count);
 }
 
 template <typename Merge>
-void launch_batch_norm_merge(const BatchNormMergeParameters& p, int groups, cudaStream_t stream) {
+void launch_batch_norm_merge(const BatchNormMergeParameters& p, const typename Merge::Results& results,
+                             cudaStream_t stream) {
   using Tile = BatchNormMergeTile;
-  launch_kernel(batch_norm_merge_kernel<Merge>, unsigned(groups) * Tile::slices(p.channels), Tile::kThreads,
-                Tile::kSharedBytes, stream, p);
-}
-
-// From the statistics of blocks to mean and biased variance, both (groups, channels). Of no rows both are zero.
-inline void launch_merge_statistics(const float2* partials, float* mean, float* variance, int groups, int blocks,
-                                    int channels, int rows, int rows_per_block, cudaStream_t stream) {
-  const BatchNormMergeParameters p{partials, mean, variance, nullptr, blocks, channels, rows, rows_per_block};
-  launch_batch_norm_merge<MergeMoments>(p, groups, stream);
+  launch_kernel(batch_norm_merge_kernel<Merge>, unsigned(p.groups) * Tile::slices(p.channels), Tile::kThreads,
+                Tile::kSharedBytes, stream, p, results);
 }
 
 }  // namespace slowfast_ext

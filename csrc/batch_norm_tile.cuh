@@ -23,11 +23,11 @@ struct PixelMap {
 struct BatchNormParameters {
   PixelMap x, residual, y;  // y is written forwards, read backwards for its sign: null to compute that again from x
   PixelMap grad, grad_x, grad_residual;
-  const float *mean, *inverse_std;                // (groups, channels)
-  const float *weight, *bias;                     // (channels); null for 1 and 0
-  const float *mean_grad, *mean_grad_normalized;  // (groups, channels); null if statistics are constants
-  float2* partials;                               // (groups, blocks, channels)
-  float *first, *second;                          // (groups, channels): what a reduction gives
+  const float *mean, *inverse_std;              // (groups, channels)
+  const float *weight, *bias;                   // (channels); null for 1 and 0
+  const float *sum_grad, *sum_grad_normalized;  // (groups, channels); null if statistics are constants
+  float inverse_count;                          // of the elements that are in these sums
+  float2* partials;                             // (groups, blocks, channels)
   int channels, groups;
   int rows, clip_pixels;  // of a group, of a clip
   bool relu;
@@ -62,7 +62,7 @@ inline void plan_batch_norm(BatchNormParameters& p, int element_size) {
   for (const PixelMap& map : {p.x, p.residual, p.y, p.grad, p.grad_x, p.grad_residual}) {
     p.vector &= reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.pitch % chunk == 0;
   }
-  for (const float* vector : {p.mean, p.inverse_std, p.weight, p.bias, p.mean_grad, p.mean_grad_normalized}) {
+  for (const float* vector : {p.mean, p.inverse_std, p.weight, p.bias, p.sum_grad, p.sum_grad_normalized}) {
     p.vector &= reinterpret_cast<uintptr_t>(vector) % 16 == 0;
   }
   const int chunks = p.vector ? p.channels / chunk : p.channels;
@@ -71,6 +71,11 @@ inline void plan_batch_norm(BatchNormParameters& p, int element_size) {
   const int64_t passes = int64_t(p.groups) * ceil_div(chunks, p.columns) * ceil_div(p.rows, rows);
   p.rows_per_block = static_cast<int>(rows * max(kLeastPasses, int64_t(ceil_div(passes, kBlocks))));
   p.blocks = ceil_div(p.rows, p.rows_per_block);
+}
+
+// Of the partials that a reduction wrote.
+inline BatchNormMergeParameters merge_parameters(const BatchNormParameters& p) {
+  return {p.partials, p.groups, p.blocks, p.channels, p.rows, p.rows_per_block};
 }
 
 using BatchNormKernel = void (*)(BatchNormParameters);

@@ -49,6 +49,11 @@ inline void check_vector(const Tensor& tensor, const char* op, const char* name,
   check_floats(tensor, op, name, x, {size});
 }
 
+// What is added to a variance before the root.
+inline void check_eps(const char* op, double eps) {
+  STD_TORCH_CHECK(eps >= 0, op, ": eps must be at least 0, got ", eps);
+}
+
 inline void check_dtype(const Tensor& x, const char* op) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,

@@ -42,10 +42,10 @@ inline int64_t moments_size(const Conv3dParameters& p, TileShape shape, int elem
   return size;
 }
 
-// `mean`, `variance`: (out_channels).
+// The statistics are of one group.
 template <typename Math>
-void launch_conv3d_statistics(Conv3dParameters p, TileShape shape, float2* moments, float* mean, float* variance,
-                              cudaStream_t stream) {
+void launch_conv3d_statistics(Conv3dParameters p, TileShape shape, float2* moments,
+                              const MergeMoments::Results& statistics, cudaStream_t stream) {
   set_splits(p, 1, nullptr);
   with_tile(shape, copies_in_chunks(p, sizeof(typename Math::Element)), [&](auto tile, auto vector) {
     using Tile = decltype(tile);
@@ -53,7 +53,8 @@ void launch_conv3d_statistics(Conv3dParameters p, TileShape shape, float2* momen
       launch_kernel(conv3d_statistics_kernel<Math, Tile, decltype(vector)::value>, unsigned(count_tiles<Tile>(p)),
                     Tile::kThreads, Tile::kSharedBytes, stream, p, moments);
       const int blocks = (p.pixels + Tile::kPixels - 1) / Tile::kPixels;
-      launch_merge_statistics(moments, mean, variance, 1, blocks, p.out_channels, p.pixels, Tile::kPixels, stream);
+      const BatchNormMergeParameters merge{moments, 1, blocks, p.out_channels, p.pixels, Tile::kPixels};
+      launch_batch_norm_merge<MergeMoments>(merge, statistics, stream);
     }
   });
 }

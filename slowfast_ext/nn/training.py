@@ -247,11 +247,14 @@ class _Layer:
             return ops.conv3d_bn_relu(x, self.weight, relu=False, **geometry)
         return F.conv3d(x, self.weight, self.bias, **geometry).contiguous(memory_format=torch.channels_last_3d)
 
-    def convolve_for_statistics(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The convolution, and mean and variance of its result where one kernel makes both."""
+    def convolve_for_statistics(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The convolution, and mean, variance and inverse_std of its result where one kernel makes all."""
         if not self._has_statistics(x):
             return self.convolve(x), None
-        y, *statistics = ops.conv3d_statistics(x, self.weight, stride=self.step.stride, padding=self.step.padding)
+        step = self.step
+        y, *statistics = ops.conv3d_statistics(
+            x, self.weight, stride=step.stride, padding=step.padding, eps=step.norm.eps
+        )
         return y, tuple(statistics)
 
     def _has_statistics(self, x: Tensor) -> bool:
@@ -264,7 +267,7 @@ class _Layer:
     def normalize(
         self,
         y: Tensor,
-        statistics: tuple[Tensor, Tensor] | None = None,
+        statistics: tuple[Tensor, ...] | None = None,
         residual: Tensor | None = None,
         *,
         relu: bool,

@@ -17,31 +17,35 @@ from .common import accumulator_dtype, check, check_out
 _AFFINE = "Tensor mean, Tensor inverse_std, Tensor? weight, Tensor? bias"
 _GRADIENT = f"Tensor grad, Tensor x, {_AFFINE}, Tensor? y, bool relu"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-lib.define("batch_norm_statistics(Tensor x, int splits) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define("batch_norm_statistics(Tensor x, int splits, float eps) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 lib.define(f"batch_norm_apply(Tensor x, {_AFFINE}, Tensor? residual, bool relu) -> Tensor", tags=_TAGS)
 lib.define(f"batch_norm_apply.out(Tensor x, {_AFFINE}, Tensor? residual, bool relu, Tensor(a!) out) -> ()", tags=_TAGS)
 lib.define(f"batch_norm_reduce_gradient({_GRADIENT}) -> (Tensor, Tensor)", tags=_TAGS)
 lib.define(
-    f"batch_norm_apply_gradient({_GRADIENT}, Tensor? mean_grad, Tensor? mean_grad_normalized, bool residual)"
-    " -> (Tensor, Tensor)",
+    f"batch_norm_apply_gradient({_GRADIENT}, Tensor? sum_grad, Tensor? sum_grad_normalized, float count,"
+    " bool residual) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
-def batch_norm_statistics(x: Tensor, splits: int = 1) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, in one pass, in the same order of sums each time.
+def batch_norm_statistics(x: Tensor, splits: int = 1, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and ``1 / sqrt(variance + eps)`` of each channel, in one pass.
+
+    Sums have the same order each time.
 
     Args:
         x (Tensor[N, C, T, H, W]): float32, float16, bfloat16, on a CPU also float64; fastest in channels_last_3d.
         splits: number of groups, a divisor of N.
+        eps: at least 0.
 
     Returns:
-        Two Tensor[splits, C] in float32 (float64 if ``x`` is); of no elements mean 0 and variance 0.
+        mean, variance, inverse_std (Tensor[splits, C]): float32 (float64 if ``x`` is); of no elements mean 0 and
+        variance 0.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device.
+        RuntimeError: an argument has a wrong shape, dtype or device, or ``eps`` is negative.
     """
-    return torch.ops.slowfast_ext.batch_norm_statistics(x, splits)
+    return torch.ops.slowfast_ext.batch_norm_statistics(x, splits, eps)
 
 
 def batch_norm_apply(
@@ -119,18 +123,20 @@ def batch_norm_apply_gradient(
     y: Tensor | None = None,
     *,
     relu: bool = True,
-    mean_grad: Tensor | None = None,
-    mean_grad_normalized: Tensor | None = None,
+    sum_grad: Tensor | None = None,
+    sum_grad_normalized: Tensor | None = None,
+    count: float = 0.0,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of ``x``, and of the residual, in one pass.
 
-    ``weight * inverse_std * (g - mean_grad - xhat * mean_grad_normalized)``, with xhat the normalised ``x`` and g as in
-    :func:`batch_norm_reduce_gradient`, which takes the same first arguments.
+    ``weight * inverse_std * (g - sum_grad / count - xhat * sum_grad_normalized / count)``, with xhat the normalised
+    ``x`` and g as in :func:`batch_norm_reduce_gradient`, which takes the same first arguments.
 
     Args:
-        mean_grad, mean_grad_normalized (Tensor[splits, C]): its sums over the number of elements of a group; both
-            None where the statistics are constants.
+        sum_grad, sum_grad_normalized (Tensor[splits, C]): its results, added up over all processes whose batches
+            count as one; both None where the statistics are constants.
+        count: elements of a channel that each of the sums is of; must be positive, is ignored without sums.
         residual: whether the residual's gradient, which is g, is wanted too.
 
     Returns:
@@ -140,7 +146,7 @@ def batch_norm_apply_gradient(
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
     grad_x, grad_residual = torch.ops.slowfast_ext.batch_norm_apply_gradient(
-        grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual
+        grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
     )
     return grad_x, grad_residual if residual else None
 
@@ -155,6 +161,11 @@ def _check_splits(operator: str, x: Tensor, splits: int) -> None:
     check(operator, x.dim() == 5, "x", "(N, C, T, H, W)", tuple(x.shape))
     check(operator, x.is_floating_point(), "x", "floating point", x.dtype)
     check(operator, splits > 0 and x.shape[0] % splits == 0, "splits", f"a divisor of the {x.shape[0]} clips", splits)
+
+
+def _check_statistics(operator: str, x: Tensor, splits: int, eps: float) -> None:
+    _check_splits(operator, x, splits)
+    check(operator, eps >= 0, "eps", "at least 0", eps)
 
 
 def _check_affine(operator, x, mean, inverse_std, weight, bias, **maps) -> None:
@@ -174,15 +185,20 @@ def _check_affine(operator, x, mean, inverse_std, weight, bias, **maps) -> None:
             _check_map(operator, name, tensor, x)
 
 
-def _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y, mean_grad=None, mean_normalized=None):
+def _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y) -> None:
     _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
-    both = (mean_grad is None) == (mean_normalized is None)
-    check(operator, both, "mean_grad", "given exactly with mean_grad_normalized", "one of them")
-    for name, vector in (("mean_grad", mean_grad), ("mean_grad_normalized", mean_normalized)):
-        if vector is not None:
-            check(operator, tuple(vector.shape) == tuple(mean.shape), name, tuple(mean.shape), tuple(vector.shape))
-            check(operator, vector.dtype == mean.dtype, name, mean.dtype, vector.dtype)
-            check(operator, vector.device == x.device, name, f"on the device of x, {x.device}", vector.device)
+
+
+def _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count) -> None:
+    both = (sum_grad is None) == (sum_grad_normalized is None)
+    check(operator, both, "sum_grad", "given exactly with sum_grad_normalized", "one of them")
+    if sum_grad is None:
+        return
+    for name, vector in (("sum_grad", sum_grad), ("sum_grad_normalized", sum_grad_normalized)):
+        check(operator, tuple(vector.shape) == tuple(mean.shape), name, tuple(mean.shape), tuple(vector.shape))
+        check(operator, vector.dtype == mean.dtype, name, mean.dtype, vector.dtype)
+        check(operator, vector.device == x.device, name, f"on the device of x, {x.device}", vector.device)
+    check(operator, count > 0 or x.numel() == 0, "count", "positive with sum_grad", count)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -198,13 +214,14 @@ def _of_groups(vector: Tensor) -> Tensor:
     return vector.view(*vector.shape, 1, 1, 1)
 
 
-def batch_norm_statistics_reference(x: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def batch_norm_statistics_reference(x: Tensor, splits: int, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
-    _check_splits("batch_norm_statistics", x, splits)
+    _check_statistics("batch_norm_statistics", x, splits, eps)
     if x.numel() == 0:
-        return tuple(x.new_zeros((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
-    variance, mean = torch.var_mean(_groups(x, splits), (0, 3, 4, 5), correction=0)
-    return mean, variance
+        mean, variance = (x.new_zeros((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
+    else:
+        variance, mean = torch.var_mean(_groups(x, splits), (0, 3, 4, 5), correction=0)
+    return mean, variance, (variance + eps).rsqrt()
 
 
 def _normalized(x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
@@ -244,17 +261,17 @@ def batch_norm_reduce_gradient_reference(grad, x, mean, inverse_std, weight, bia
 
 
 def batch_norm_apply_gradient_reference(
-    grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual
+    grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
-    _check_gradient(
-        "batch_norm_apply_gradient", grad, x, mean, inverse_std, weight, bias, y, mean_grad, mean_grad_normalized
-    )
+    operator = "batch_norm_apply_gradient"
+    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y)
+    _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
     normalized = _normalized(x, mean, inverse_std)
     passed = _passed(grad, normalized, weight, bias, y, relu)
     grad_x = _groups(passed, mean.shape[0])
-    if mean_grad is not None:
-        grad_x = grad_x - _of_groups(mean_grad) - normalized * _of_groups(mean_grad_normalized)
+    if sum_grad is not None and x.numel() > 0:
+        grad_x = grad_x - _of_groups(sum_grad / count) - normalized * _of_groups(sum_grad_normalized / count)
     grad_x = _affine(grad_x * _of_groups(inverse_std), weight, None)
     grad_residual = _channels_last(passed.to(x.dtype)) if residual else x.new_empty(0)
     return _channels_last(grad_x.to(x.dtype)), grad_residual
@@ -289,9 +306,9 @@ lib.impl("batch_norm_apply", _apply_cpu, "CPU")
 
 
 @torch.library.register_fake("slowfast_ext::batch_norm_statistics", lib=lib)
-def _fake_statistics(x, splits):
-    _check_splits("batch_norm_statistics", x, splits)
-    return tuple(x.new_empty((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
+def _fake_statistics(x, splits, eps):
+    _check_statistics("batch_norm_statistics", x, splits, eps)
+    return tuple(x.new_empty((splits, x.shape[1]), dtype=accumulator_dtype(x)) for _ in range(3))
 
 
 @torch.library.register_fake("slowfast_ext::batch_norm_apply", lib=lib)
@@ -313,8 +330,11 @@ def _fake_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu):
 
 
 @torch.library.register_fake("slowfast_ext::batch_norm_apply_gradient", lib=lib)
-def _fake_apply_gradient(grad, x, mean, inverse_std, weight, bias, y, relu, mean_grad, mean_grad_normalized, residual):
+def _fake_apply_gradient(
+    grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
+):
     operator = "batch_norm_apply_gradient"
-    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y, mean_grad, mean_grad_normalized)
+    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y)
+    _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
     like_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
     return like_x, torch.empty_like(like_x) if residual else x.new_empty(0)

@@ -143,7 +143,7 @@ def batch_norm_forward(
     settings: BatchNormSettings,
     weight: Tensor | None,
     bias: Tensor | None,
-    given: tuple[Tensor, Tensor] | None = None,
+    given: tuple[Tensor, ...] | None = None,
     residual: Tensor | None = None,
     *,
     relu: bool,
@@ -153,8 +153,8 @@ def batch_norm_forward(
 
     Args:
         x, weight, bias, residual, relu, out: of :func:`~slowfast_ext.ops.batch_norm_apply`.
-        given (two Tensor[splits, C]): mean and biased variance: of the batch of this process, if somebody has computed
-            them already, or the constants to use.
+        given (Tensor[splits, C] each): mean, biased variance and inverse_std of the batch of this process, where the
+            kernel that made ``x`` has computed them; or mean and variance to use as constants.
     """
     check_batch(settings, x)
     count = x.numel() // max(x.shape[1] * settings.splits, 1)
@@ -164,10 +164,12 @@ def batch_norm_forward(
         y = _finish(y, residual, relu, out)
         variance = inverse_std.square().reciprocal_().sub_(settings.eps).clamp_(min=0)
         return BatchNormForward(y, mean[None], inverse_std[None], variance[None], count)
-    mean, variance = batch_norm_statistics(x, settings.splits) if given is None else given
+    given = batch_norm_statistics(x, settings.splits, settings.eps) if given is None else given
+    mean, variance, *inverse_std = given
     if settings.batch and settings.group is not None:
         mean, variance, count = _of_all_processes(mean, variance, count, settings.group)
-    inverse_std = (variance + settings.eps).rsqrt()
+        inverse_std = ()
+    inverse_std = inverse_std[0] if inverse_std else (variance + settings.eps).rsqrt()
     y = batch_norm_apply(x, mean, inverse_std, weight, bias, residual, relu=relu, out=out)
     return BatchNormForward(y, mean, inverse_std, variance, count)
 
@@ -202,16 +204,16 @@ def batch_norm_backward(
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(*arguments)
         return grad_x, grad if residual else None, grad_weight, grad_bias
     sums = batch_norm_reduce_gradient(grad, x, *affine, y, relu=relu)
-    grad_bias, grad_weight = (total.sum(0) for total in sums)
-    means = {}
+    grad_bias, grad_weight = (total[0] if settings.splits == 1 else total.sum(0) for total in sums)
+    constants = {}
     if settings.batch:
         if settings.group is not None:
             both = torch.stack(sums)
             dist.all_reduce(both, group=settings.group)
-            sums = both.unbind()
-        means = {"mean_grad": sums[0] / count, "mean_grad_normalized": sums[1] / count}
+            sums, count = both.div_(count).unbind(), 1.0  # the operator takes no tensor for a count
+        constants = {"sum_grad": sums[0], "sum_grad_normalized": sums[1], "count": count}
     separate = residual and relu  # else the residual's gradient is the very one that came
-    grad_x, grad_residual = batch_norm_apply_gradient(grad, x, *affine, y, relu=relu, residual=separate, **means)
+    grad_x, grad_residual = batch_norm_apply_gradient(grad, x, *affine, y, relu=relu, residual=separate, **constants)
     return grad_x, grad if residual and not relu else grad_residual, grad_weight, grad_bias
 
 

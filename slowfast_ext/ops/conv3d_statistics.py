@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._library import lib, unavailable_reason
 from .batch_norm import batch_norm_statistics_reference
-from .common import accumulator_dtype, allows_tf32, register_autocast
+from .common import accumulator_dtype, allows_tf32, check, register_autocast
 from .conv3d_bn_relu import conv3d_bn_relu_reference, convolution_shape
 
-_ARGUMENTS = "Tensor x, Tensor weight, int[3] stride, int[3] padding, bool allow_tf32"
+_ARGUMENTS = "Tensor x, Tensor weight, int[3] stride, int[3] padding, float eps, bool allow_tf32"
 lib.define(
-    f"conv3d_statistics({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor variance)",
+    f"conv3d_statistics({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor variance, Tensor inverse_std)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator = torch.ops.slowfast_ext.conv3d_statistics.default
@@ -26,13 +26,14 @@ def conv3d_statistics(
     *,
     stride: int | tuple[int, int, int] = 1,
     padding: int | tuple[int, int, int] = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """3-D convolution, and mean and biased variance of each channel of its result.
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """3-D convolution, and of each channel of its result mean, biased variance and ``1 / sqrt(variance + eps)``.
 
     Equivalent to::
 
         y = F.conv3d(x, weight, None, stride, padding)
-        mean, variance = batch_norm_statistics(y)
+        mean, variance, inverse_std = batch_norm_statistics(y, eps=eps)
 
     but on a GPU the kernel that computes y has the statistics from the same registers. They are those of y as it is
     stored, rounded; sums have the same order each time. Products as in :func:`conv3d_bn_relu`.
@@ -45,19 +46,21 @@ def conv3d_statistics(
             channels_last_3d with a C that fills 16 bytes.
         weight (Tensor[K, C, kernel_t, kernel_h, kernel_w]): dtype of ``x``; fastest in channels_last_3d.
         stride, padding: elements along (T, H, W), or one number for all three.
+        eps: at least 0.
 
     Returns:
-        y (Tensor[N, K, T', H', W']) in channels_last_3d; mean and variance (Tensor[1, K]) in float32 (float64 if ``x``
-        is), of no elements 0.
+        y (Tensor[N, K, T', H', W']) in channels_last_3d; mean, variance and inverse_std (Tensor[1, K]) in float32
+        (float64 if ``x`` is), of no elements mean 0 and variance 0.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device, or the kernel does not fit into the padded input.
+        RuntimeError: an argument has a wrong shape, dtype or device, the kernel does not fit into the padded input, or
+            ``eps`` is negative.
 
     Under autocast x and weight are cast.
     """
     stride = (stride,) * 3 if isinstance(stride, int) else stride
     padding = (padding,) * 3 if isinstance(padding, int) else padding
-    return _operator(x, weight, stride, padding, allows_tf32(x))
+    return _operator(x, weight, stride, padding, eps, allows_tf32(x))
 
 
 @dataclass(frozen=True)
@@ -166,17 +169,24 @@ def _paper_times(x, weight, stride, padding, size, allow_tf32, balance, multipro
     return max(max(multiply, cache) * uneven, memory), library
 
 
-def conv3d_statistics_reference(x, weight, stride, padding, allow_tf32=False) -> tuple[Tensor, Tensor, Tensor]:
+def _check(x, weight, stride, padding, eps) -> list[int]:
+    """The shape of y."""
+    shape = convolution_shape("conv3d_statistics", x, weight, None, stride, padding)
+    check("conv3d_statistics", eps >= 0, "eps", "at least 0", eps)
+    return shape
+
+
+def conv3d_statistics_reference(x, weight, stride, padding, eps=1e-5, allow_tf32=False) -> tuple[Tensor, ...]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
-    convolution_shape("conv3d_statistics", x, weight, None, stride, padding)
+    _check(x, weight, stride, padding, eps)
     y = conv3d_bn_relu_reference(x, weight, None, None, stride, padding, False)
-    return y, *batch_norm_statistics_reference(y, 1)
+    return y, *batch_norm_statistics_reference(y, 1, eps)
 
 
-def _cpu(x, weight, stride, padding, allow_tf32) -> tuple[Tensor, Tensor, Tensor]:
-    convolution_shape("conv3d_statistics", x, weight, None, stride, padding)
+def _cpu(x, weight, stride, padding, eps, allow_tf32) -> tuple[Tensor, ...]:
+    _check(x, weight, stride, padding, eps)
     y = torch.ops.slowfast_ext.conv3d_bn_relu(x, weight, None, None, stride, padding, False, allow_tf32)
-    return y, *torch.ops.slowfast_ext.batch_norm_statistics(y, 1)
+    return y, *torch.ops.slowfast_ext.batch_norm_statistics(y, 1, eps)
 
 
 lib.impl("conv3d_statistics", conv3d_statistics_reference, "CompositeExplicitAutograd")
@@ -184,9 +194,9 @@ lib.impl("conv3d_statistics", _cpu, "CPU")
 
 
 @torch.library.register_fake("slowfast_ext::conv3d_statistics", lib=lib)
-def _fake(x, weight, stride, padding, allow_tf32):
-    shape = convolution_shape("conv3d_statistics", x, weight, None, stride, padding)
-    statistics = (x.new_empty((1, shape[1]), dtype=accumulator_dtype(x)) for _ in range(2))
+def _fake(x, weight, stride, padding, eps, allow_tf32):
+    shape = _check(x, weight, stride, padding, eps)
+    statistics = (x.new_empty((1, shape[1]), dtype=accumulator_dtype(x)) for _ in range(3))
     return x.new_empty(shape).to(memory_format=torch.channels_last_3d), *statistics
 
 

@@ -23,22 +23,25 @@ PixelMap pixel_map(const Array& map) {
 
 const float* vector(const Array& array) { return static_cast<const float*>(array.data()); }
 
+float* output(const Array& array) { return const_cast<float*>(vector(array)); }
+
 template <typename Element>
-void launch(const std::string& pass, const BatchNormParameters& p) {
-  if (pass == "statistics") return launch_batch_norm_statistics<Element>(p, nullptr);
+void launch(const std::string& pass, const BatchNormParameters& p, float* first, float* second, float* third,
+            float eps) {
+  if (pass == "statistics") return launch_batch_norm_statistics<Element>(p, {first, second, third, eps}, nullptr);
   if (pass == "apply") return launch_batch_norm_apply<Element>(p, nullptr);
-  if (pass == "reduce_gradient") return launch_batch_norm_reduce_gradient<Element>(p, nullptr);
+  if (pass == "reduce_gradient") return launch_batch_norm_reduce_gradient<Element>(p, first, second, nullptr);
   if (pass == "apply_gradient") return launch_batch_norm_apply_gradient<Element>(p, nullptr);
   throw std::invalid_argument("pass must be statistics, apply, reduce_gradient or apply_gradient, got " + pass);
 }
 
 // One of the passes; None stands for what it does not have. Vectors of groups are (groups, channels). A thread has
-// `thread_rows` rows, by default as planned.
+// `thread_rows` rows, by default as planned. A reduction's results are `first` to `third`, in their order.
 void batch_norm(const std::string& pass, const std::string& type, int groups, int thread_rows, bool relu,
                 const Array& x, const Array& residual, const Array& y, const Array& grad, const Array& grad_x,
                 const Array& grad_residual, const Array& mean, const Array& inverse_std, const Array& weight,
-                const Array& bias, const Array& mean_grad, const Array& mean_grad_normalized, const Array& first,
-                const Array& second) {
+                const Array& bias, const Array& sum_grad, const Array& sum_grad_normalized, const Array& first,
+                const Array& second, const Array& third, float count, float eps) {
   const Array& map = x.is_none() ? grad : x;
   BatchNormParameters p{};
   p.x = pixel_map(x);
@@ -51,10 +54,9 @@ void batch_norm(const std::string& pass, const std::string& type, int groups, in
   p.inverse_std = vector(inverse_std);
   p.weight = vector(weight);
   p.bias = vector(bias);
-  p.mean_grad = vector(mean_grad);
-  p.mean_grad_normalized = vector(mean_grad_normalized);
-  p.first = const_cast<float*>(vector(first));
-  p.second = const_cast<float*>(vector(second));
+  p.sum_grad = vector(sum_grad);
+  p.sum_grad_normalized = vector(sum_grad_normalized);
+  p.inverse_count = 1 / count;
   p.channels = map.shape(1);
   p.groups = groups;
   p.clip_pixels = map.shape(2) * map.shape(3) * map.shape(4);
@@ -68,18 +70,26 @@ void batch_norm(const std::string& pass, const std::string& type, int groups, in
   const float unwritten = std::numeric_limits<float>::quiet_NaN();
   std::vector<float2> partials(size_t(groups) * p.blocks * p.channels, make_float2(unwritten, unwritten));
   p.partials = partials.data();
-  if (type == "bfloat16") launch<bfloat16>(pass, p);
+  const auto run = [&](auto element) {
+    launch<decltype(element)>(pass, p, output(first), output(second), output(third), eps);
+  };
+  if (type == "bfloat16") run(bfloat16());
 #ifndef ONLY_BFLOAT16
-  if (type == "float16") launch<float16>(pass, p);
-  if (type == "float32") launch<float>(pass, p);
+  if (type == "float16") run(float16());
+  if (type == "float32") run(float());
 #endif
 }
 
 // Partials (groups, blocks, channels, 2).
-void merge_statistics(const Array& partials, int rows, int rows_per_block, const Array& mean, const Array& variance) {
-  launch_merge_statistics(static_cast<const float2*>(partials.data()), static_cast<float*>(mean.mutable_data()),
-                          static_cast<float*>(variance.mutable_data()), partials.shape(0), partials.shape(1),
-                          partials.shape(2), rows, rows_per_block, nullptr);
+void merge_statistics(const Array& partials, int rows, int rows_per_block, const Array& mean, const Array& variance,
+                      const Array& inverse_std, float eps) {
+  const BatchNormMergeParameters p{static_cast<const float2*>(partials.data()),
+                                   static_cast<int>(partials.shape(0)),
+                                   static_cast<int>(partials.shape(1)),
+                                   static_cast<int>(partials.shape(2)),
+                                   rows,
+                                   rows_per_block};
+  launch_batch_norm_merge<MergeMoments>(p, {output(mean), output(variance), output(inverse_std), eps}, nullptr);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from conv3d_cases import Storage, channels_last
 
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDOFF = 2.0**-24  # of float32
+EPS = 0.25  # as large as no batch norm's, so that it matters
 # The most additions that follow one another in the sums of these cases: over the rows of a thread, in 5 rounds over the
 # lanes of a warp, over 8 warps; and again over blocks.
 DEPTH = 50
@@ -123,14 +124,15 @@ class Errors:
         self.worst = max(self.worst, float(error.max(initial=0)))
 
 
-def add_statistics_errors(errors, mean, variance, rows):
-    """Of float32 statistics of the second dimension of ``rows`` (groups, rows, channels).
+def add_statistics_errors(errors, mean, variance, inverse_std, rows):
+    """Of float32 statistics of the second dimension of ``rows`` (groups, rows, channels), with EPS.
 
     With as many updates one after the other as DEPTH. Each rounds the mean, which is no larger than the largest value,
     four times (difference, quotient, product, sum). To first order the relative error of the sum of squares is bounded
     by ``DEPTH * kappa`` roundoffs with the condition number ``kappa = sqrt(1 + mean^2 / variance)``, times a small
     constant (Chan, Golub and LeVeque, table 1), here 8 for as many operations of an update. Summing squares without a
-    shift would lose ``kappa^2``.
+    shift would lose ``kappa^2``. The inverse deviation is that of the variance found, a sum, a root and a quotient
+    later.
     """
     if rows.shape[1] == 0:
         rows = np.zeros((rows.shape[0], 1, rows.shape[2]))
@@ -139,6 +141,8 @@ def add_statistics_errors(errors, mean, variance, rows):
     mean_bound = 4 * DEPTH * ROUNDOFF * abs(rows).max(1)
     errors.add(mean, exact_mean, mean_bound)
     errors.add(variance, exact_variance, 8 * DEPTH * ROUNDOFF * kappa_variance + mean_bound**2)
+    exact_inverse = 1 / np.sqrt(variance.astype(np.float64) + EPS)
+    errors.add(inverse_std, exact_inverse, 3 * ROUNDOFF * exact_inverse)
 
 
 def run_merge(module, case, random):
@@ -149,10 +153,10 @@ def run_merge(module, case, random):
         rows = values[:, block * case.rows_per_block : (block + 1) * case.rows_per_block].astype(np.float64)
         partials[:, block, :, 0] = rows.mean(1)
         partials[:, block, :, 1] = rows.var(1) * rows.shape[1]
-    mean, variance = (np.full((case.groups, case.channels), np.nan, np.float32) for _ in range(2))
-    module.merge_statistics(partials, case.rows, case.rows_per_block, mean, variance)
+    statistics = np.full((3, case.groups, case.channels), np.nan, np.float32)
+    module.merge_statistics(partials, case.rows, case.rows_per_block, *statistics, EPS)
     errors = Errors()
-    add_statistics_errors(errors, mean, variance, values.astype(np.float64))
+    add_statistics_errors(errors, *statistics, values.astype(np.float64))
     return errors.worst
 
 
@@ -167,6 +171,7 @@ def run_passes(module, case, dtype, random):
     smallest = {"float16": 2.0**-25}.get(dtype, 2.0**-134)  # half of what a subnormal result is a multiple of
     n, channels, *_ = case.x
     shape, of_groups = case.x, (case.splits, channels)
+    count = 7.0  # of the elements that sums are of, whatever the map is
     around = []  # what no kernel may write
 
     def empty_map():
@@ -187,11 +192,11 @@ def run_passes(module, case, dtype, random):
         vector = np.broadcast_to(vector, of_groups).astype(np.float64)
         return np.tile(vector, (n // case.splits, 1)).reshape(n, channels, 1, 1, 1)
 
-    def call(name, relu=False, first=None, second=None, **given):
+    def call(name, relu=False, results=(), count=1.0, **given):
         names = ("x", "residual", "y", "grad", "grad_x", "grad_residual", "mean", "inverse_std", "weight", "bias")
-        names += ("mean_grad", "mean_grad_normalized")
-        arguments = [given.get(each) for each in names]
-        module.batch_norm(name, dtype, case.splits, case.thread_rows, relu, *arguments, first, second)
+        names += ("sum_grad", "sum_grad_normalized")
+        arguments = [given.get(each) for each in names] + [*results, None, None, None][:3]
+        module.batch_norm(name, dtype, case.splits, case.thread_rows, relu, *arguments, count, EPS)
 
     errors = Errors()
     x = random_map(case.mean)
@@ -199,9 +204,9 @@ def run_passes(module, case, dtype, random):
         for channel, value in enumerate((np.nan, np.inf, -np.inf)):
             x[-1, channel, -1, -1, channel : channel + 1] = storage.encode(np.full(1, value))
     exact_x = storage.decode(x)
-    first, second = (np.full(of_groups, np.nan, np.float32) for _ in range(2))
-    call("statistics", x=x, first=first, second=second)
-    add_statistics_errors(errors, first, second, rows_of(exact_x))
+    statistics = np.full((3, *of_groups), np.nan, np.float32)
+    call("statistics", x=x, results=statistics)
+    add_statistics_errors(errors, *statistics, rows_of(exact_x))
 
     # Statistics near those of x, but nobody's result, so that passes are judged one by one.
     mean = np.float32(case.mean) + random.standard_normal(of_groups).astype(np.float32) / 4
@@ -234,22 +239,22 @@ def run_passes(module, case, dtype, random):
     g = np.where(sign <= 0, 0, exact_grad) if case.relu else exact_grad
     normalized = centered * spread(inverse_std)
     gradient = {"x": x, "grad": grad, "y": y if case.keeps_y and case.relu else None, **vectors}
-    first, second = (np.full(of_groups, np.nan, np.float32) for _ in range(2))
-    call("reduce_gradient", case.relu, first=first, second=second, **gradient)
+    first, second = np.full((2, *of_groups), np.nan, np.float32)
+    call("reduce_gradient", case.relu, results=(first, second), **gradient)
     errors.add(first, rows_of(g).sum(1), DEPTH * ROUNDOFF * rows_of(abs(g)).sum(1))
     errors.add(second, rows_of(g * normalized).sum(1), (DEPTH + 4) * ROUNDOFF * rows_of(abs(g * normalized)).sum(1))
 
-    means, centered_g, terms = {}, g, abs(g)
+    sums, centered_g, terms = {}, g, abs(g)
     if not case.frozen:
-        mean_grad, mean_grad_normalized = (random.standard_normal(of_groups).astype(np.float32) for _ in range(2))
-        means = {"mean_grad": mean_grad, "mean_grad_normalized": mean_grad_normalized}
-        part = normalized * spread(mean_grad_normalized)
-        centered_g = g - spread(mean_grad) - part
-        terms = terms + abs(spread(mean_grad)) + abs(part)
+        sum_grad, sum_grad_normalized = count * random.standard_normal((2, *of_groups), np.float32)
+        sums = {"sum_grad": sum_grad, "sum_grad_normalized": sum_grad_normalized, "count": count}
+        part = normalized * spread(sum_grad_normalized) / count
+        centered_g = g - spread(sum_grad) / count - part
+        terms = terms + abs(spread(sum_grad)) / count + abs(part)
     elif gradient["y"] is not None:
         gradient["x"] = None  # of which nothing is needed
     grad_x, grad_residual = empty_map(), empty_map() if case.residual else None
-    call("apply_gradient", case.relu, grad_x=grad_x, grad_residual=grad_residual, **gradient, **means)
+    call("apply_gradient", case.relu, grad_x=grad_x, grad_residual=grad_residual, **gradient, **sums)
     expected = scale * centered_g
     bound = 8 * ROUNDOFF * abs(scale) * terms + stored * abs(expected) + smallest
     errors.add(storage.decode(grad_x), expected, bound)

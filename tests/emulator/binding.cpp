@@ -19,6 +19,7 @@ Value from_python(const py::handle& object) {
                  {array.shape(), array.shape() + array.ndim()}, {array.strides(), array.strides() + array.ndim()});
   }
   if (py::isinstance<py::bool_>(object)) return py::cast<bool>(object);
+  if (py::isinstance<py::float_>(object)) return py::cast<double>(object);
   if (py::isinstance<py::str>(object)) return py::cast<std::string>(object);
   if (py::isinstance<py::tuple>(object)) {
     std::vector<int64_t> numbers;

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import conv3d_cases
 import harness
 import numpy as np
-from batch_norm_cases import Errors, add_statistics_errors
+from batch_norm_cases import EPS, Errors, add_statistics_errors
 
 TILES = ("128x128", "128x64", "128x32", "128x16")
 
@@ -79,8 +79,9 @@ def run(module, case, math="bfloat16", seed=0, multiprocessors=4):
     expected = conv3d_cases.convolve(exact_x, exact_weight, case.stride, case.padding)
     scale = conv3d_cases.convolve(abs(exact_x), abs(exact_weight), case.stride, case.padding)
     y, _ = conv3d_cases.channels_last(output_shape(case), storage.dtype, fill=77)
-    mean, variance = np.full((2, case.out_channels), np.nan, np.float32)
-    module.conv3d_statistics(math, case.tile, x, weight, y, mean, variance, case.stride, case.padding, multiprocessors)
+    statistics = np.full((3, 1, case.out_channels), np.nan, np.float32)
+    geometry = (case.stride, case.padding)
+    module.conv3d_statistics(math, case.tile, x, weight, y, *statistics, *geometry, EPS, multiprocessors)
 
     lost = {"tf32": 2.0**-10, "float32": 2.0**-21}.get(math, 0.0)
     bound = scale * (exact_weight[0].size * 2.0**-24 + lost) + abs(expected) * storage.unit_roundoff
@@ -88,7 +89,7 @@ def run(module, case, math="bfloat16", seed=0, multiprocessors=4):
     errors = Errors()
     errors.add(outputs, expected, bound)
     rows = outputs.transpose(0, 2, 3, 4, 1).reshape(1, -1, case.out_channels)
-    add_statistics_errors(errors, mean[None], variance[None], rows)
+    add_statistics_errors(errors, *statistics, rows)
     return errors.worst
 
 

@@ -50,7 +50,7 @@ class Array {
   std::vector<int64_t> shape_, strides_;
 };
 
-using Value = std::variant<bool, int64_t, std::string, std::vector<int64_t>, Array>;
+using Value = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>, Array>;
 using Values = std::vector<Value>;
 
 template <typename T>
@@ -63,6 +63,11 @@ template <>
 struct Conversion<bool> {
   static bool from(const Value& value) { return std::get<bool>(value); }
   static void append(Values& values, bool result) { values.emplace_back(result); }
+};
+
+template <>
+struct Conversion<float> {
+  static float from(const Value& value) { return static_cast<float>(std::get<double>(value)); }
 };
 
 template <>

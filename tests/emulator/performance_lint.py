@@ -29,7 +29,7 @@ TENSORS = {
         14: "bias",
     },
     "conv3d_bn_relu": {2: "x", 3: "weight", 4: "bias", 5: "residual", 6: "y"},
-    "conv3d_statistics": {2: "x", 3: "weight", 4: "y", 5: "mean", 6: "variance"},
+    "conv3d_statistics": {2: "x", 3: "weight", 4: "y", 5: "mean", 6: "variance", 7: "inverse_std"},
     "fast_bottleneck": {1: "x", 2: "weight_a", 4: "weight_b", 6: "weight_c", 8: "weight_shortcut", 10: "y"},
     "lateral_fuse": {1: "slow", 2: "fast", 3: "weight", 4: "bias", 6: "y"},
     "pool_head": {2: "slow", 3: "fast", 4: "weight", 5: "bias", 9: "averages", 10: "logits", 11: "y"},

@@ -4,7 +4,7 @@ import batch_norm_cases
 import harness
 import numpy as np
 import pytest
-from batch_norm_cases import CASES, DTYPES, LARGER_CASES
+from batch_norm_cases import CASES, DTYPES, EPS, LARGER_CASES
 from harness import Mutant
 
 MUTANTS = {
@@ -26,6 +26,8 @@ MUTANTS = {
     "clips_of_other_groups_are_read": Mutant("(p.groups - 1) + at.group", "(p.groups - 1)", "plain", "slices"),
     "squares_are_not_those_of_deviations": Mutant("delta * (x[i] - moments[i].x)", "delta * delta", "plain", "several"),
     "relu_loses_nan": Mutant("y[i] <= 0.f ? 0.f : y[i]", "fmaxf(y[i], 0.f)", "plain", "not_finite"),
+    "eps_is_left_out": Mutant("sqrtf(biased + eps)", "sqrtf(biased)", "plain", "merge_one_row"),
+    "sums_are_not_divided": Mutant("mean_grad[i] *= p.inverse_count;", "", "plain", "several"),
     "the_gradient_passes_at_zero": Mutant("sign <= 0.f", "sign < 0.f", "plain", "slices"),
 }
 FILES = ("batch_norm.cuh", "batch_norm_gradient.cuh", "batch_norm_merge.cuh", "batch_norm_tile.cuh")
@@ -52,12 +54,10 @@ def test_sums_are_the_same_bits_each_time(kernel, monkeypatch):
     vector = np.ones((3, 40), np.float32)
 
     def sums():
-        results = np.full((4, 3, 40), np.nan, np.float32)
-        vectors = (vector, vector, *[None] * 4)
-        kernel.batch_norm("statistics", "float32", 3, 2, False, x, *[None] * 11, *results[:2])
-        kernel.batch_norm(
-            "reduce_gradient", "float32", 3, 2, True, x, None, None, grad, None, None, *vectors, *results[2:]
-        )
+        results = np.full((5, 3, 40), np.nan, np.float32)
+        arguments = (x, None, None, grad, None, None, vector, vector, *[None] * 4)
+        kernel.batch_norm("statistics", "float32", 3, 2, False, *arguments, *results[:3], 1.0, EPS)
+        kernel.batch_norm("reduce_gradient", "float32", 3, 2, True, *arguments, *results[3:], None, 1.0, EPS)
         return results
 
     first = sums()
@@ -77,7 +77,7 @@ def test_the_sign_computed_again_is_that_of_the_result(kernel):
     bias = -(x[0, :, 0, 0, 0] - mean[0]) * (inverse_std[0] * weight)
     x[:] = x[:, :, :1, :1, :1] * (1 + random.integers(-1, 2, shape) * np.float32(2.0**-23))
     y, grad, grad_x, grad_residual = (np.ones((1, 1, 9, 7, 64), np.float32).transpose(0, 4, 1, 2, 3) for _ in range(4))
-    vectors = (mean, inverse_std, weight, bias, None, None, None, None)
+    vectors = (mean, inverse_std, weight, bias, *[None] * 5, 1.0, EPS)
     kernel.batch_norm("apply", "float32", 1, 0, True, x, None, y, None, None, None, *vectors)
     kernel.batch_norm("apply_gradient", "float32", 1, 0, True, x, None, None, grad, grad_x, grad_residual, *vectors)
     assert 0.2 < (y > 0).mean() < 0.8

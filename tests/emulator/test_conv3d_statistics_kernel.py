@@ -5,6 +5,7 @@ import harness
 import numpy as np
 import pytest
 import toolchain
+from batch_norm_cases import EPS
 from conv3d_cases import MATHS, channels_last
 from conv3d_statistics_cases import CASES, Case
 from harness import Mutant
@@ -20,6 +21,7 @@ MUTANTS = {
     ),
     "a_warp_without_rows_counts": Mutant("if (rows == 0) break;", "", "plain", "one_output"),
     "sums_that_are_not_rounded": Mutant("to_float(from_float<Element>(sum[", "((sum[", "plain", "tile_128x64"),
+    "eps_is_left_out": Mutant("sqrtf(biased + eps)", "sqrtf(biased)", "plain", "tile_128x64"),
     "a_lane_is_left_out": Mutant("lanes = 4; lanes < 32", "lanes = 8; lanes < 32", "plain", "tile_128x64"),
     "a_warp_is_left_out": Mutant("int first = Tile::", "int first = 2 * Tile::", "plain", "tile_128x64"),
 }
@@ -27,7 +29,7 @@ KERNEL = harness.Kernel(
     "conv3d_statistics",
     conv3d_statistics_cases,
     MUTANTS,
-    files=("conv3d_tile.cuh", "conv3d_moments.cuh"),
+    files=("conv3d_tile.cuh", "conv3d_moments.cuh", "batch_norm_merge.cuh"),
     reduced={"conv3d_statistics.cuh": [("Tile::kPixels == 128", "Tile::kPixels == 128 && Tile::kChannels == 64")]},
 )
 
@@ -46,9 +48,9 @@ def test_outputs_are_those_of_conv3d_bn_relu(kernel, math):
         x, weight, storage = conv3d_statistics_cases.make_operands(case, math)
         shape = conv3d_statistics_cases.output_shape(case)
         y, other = (channels_last(shape, storage.dtype)[0] for _ in range(2))
-        of_channels = np.empty((2, case.out_channels), np.float32)
+        of_channels = np.empty((3, case.out_channels), np.float32)
         geometry = (case.stride, case.padding)
-        kernel.conv3d_statistics(math, case.tile, x, weight, y, *of_channels, *geometry, 4)
+        kernel.conv3d_statistics(math, case.tile, x, weight, y, *of_channels, *geometry, EPS, 4)
         plain.conv3d_bn_relu(math, case.tile, x, weight, None, None, other, *geometry, False, 4, 1)
         assert np.array_equal(y, other)
 
@@ -66,10 +68,9 @@ def test_statistics_of_equal_outputs_are_exact(kernel):
         channels_last(shape, np.float32, fill=1)[0]
         for shape in (case.x, (16, 8, 1, 1, 1), conv3d_statistics_cases.output_shape(case))
     )
-    mean, variance = np.full((2, 16), np.nan, np.float32)
-    kernel.conv3d_statistics("float32", "128x16", x, weight, y, mean, variance, case.stride, case.padding, 4)
-    assert (mean == 8).all()
-    assert (variance == 0).all()
+    statistics = np.full((3, 16), np.nan, np.float32)
+    kernel.conv3d_statistics("float32", "128x16", x, weight, y, *statistics, case.stride, case.padding, 0.25, 4)
+    assert (statistics == [[8], [0], [2]]).all()
 
 
 def test_what_is_not_finite_shows_in_its_channel_alone(kernel):
@@ -77,9 +78,9 @@ def test_what_is_not_finite_shows_in_its_channel_alone(kernel):
     x, weight, storage = conv3d_statistics_cases.make_operands(case, "float16")
     weight[3], weight[70] = np.nan, np.inf
     y, _ = channels_last(conv3d_statistics_cases.output_shape(case), storage.dtype)
-    mean, variance = np.zeros((2, case.out_channels), np.float32)
-    kernel.conv3d_statistics("float16", case.tile, x, weight, y, mean, variance, case.stride, case.padding, 4)
-    assert np.flatnonzero(~np.isfinite(mean)).tolist() == np.flatnonzero(~np.isfinite(variance)).tolist() == [3, 70]
+    statistics = np.zeros((3, case.out_channels), np.float32)
+    kernel.conv3d_statistics("float16", case.tile, x, weight, y, *statistics, case.stride, case.padding, EPS, 4)
+    assert [np.flatnonzero(~np.isfinite(each)).tolist() for each in statistics] == [[3, 70]] * 3
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from slowfast_ext import accelerate, explain, restore
+from slowfast_ext import accelerate, explain, ops, restore
 from slowfast_ext.models import (
     BasicBlock3d,
     Bottleneck3d,
@@ -22,6 +22,7 @@ from slowfast_ext.models import (
     build_model,
 )
 from slowfast_ext.models.batch_norm import SyncBatchNorm3d
+from slowfast_ext.nn import training
 from slowfast_ext.nn.training import Step, Structure
 
 # In float64 only the order of sums differs; gradients are compared relative to their largest element.
@@ -179,6 +180,22 @@ def test_frozen_parts_are_respected(change, input_needs_gradient):
         results = _run(twin, mine), _run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
+
+
+def test_statistics_may_come_from_the_convolution(monkeypatch):
+    monkeypatch.setattr(training, "_statistics_reason", lambda *geometry: None)
+    calls = []
+    conv3d_statistics = ops.conv3d_statistics
+    monkeypatch.setattr(ops, "conv3d_statistics", lambda *a, **k: calls.append(a) or conv3d_statistics(*a, **k))
+    plain = build(bottleneck, torch.float64).train()
+    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.eps = 0.5
+    twin = accelerate(copy.deepcopy(plain), mode="training", strict=True)
+    x = inputs(bottleneck, torch.float64)
+    mine, theirs = _copies(x), _copies(x)
+    _assert_same(twin, plain, mine, theirs, (_run(twin, mine), _run(plain, theirs)))
+    assert len(calls) == len(norms)
 
 
 def test_statistics_of_parts_of_the_batch_are_supported():

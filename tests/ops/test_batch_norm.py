@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from slowfast_ext import ops
 
 OPERATORS = torch.ops.slowfast_ext
-EPSILON = 1e-5
+EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,18 @@ class Outputs:
 
 def fused(inputs, case):
     """As a module would call the passes. With out, because a CPU rounds twice without."""
-    mean, variance = inputs.mean, inputs.variance
+    mean, inverse_std = inputs.mean, (inputs.variance + EPSILON).rsqrt()
     if not case.frozen:
-        mean, variance = ops.batch_norm_statistics(inputs.x, case.splits)
-    affine = (mean, (variance + EPSILON).rsqrt(), inputs.weight, inputs.bias)
+        mean, _, inverse_std = ops.batch_norm_statistics(inputs.x, case.splits, EPSILON)
+    affine = (mean, inverse_std, inputs.weight, inputs.bias)
     y = torch.empty_like(inputs.x)
     ops.batch_norm_apply(inputs.x, *affine, inputs.residual, relu=case.relu, out=y)
     gradient = (inputs.grad, inputs.x, *affine, y if case.keeps_y else None)
     grad_bias, grad_weight = ops.batch_norm_reduce_gradient(*gradient, relu=case.relu)
-    means = {}
+    sums = {}
     if not case.frozen:
-        means = {"mean_grad": grad_bias / case.terms, "mean_grad_normalized": grad_weight / case.terms}
-    grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, relu=case.relu, **means, residual=case.residual)
+        sums = {"sum_grad": grad_bias, "sum_grad_normalized": grad_weight, "count": case.terms}
+    grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, relu=case.relu, **sums, residual=case.residual)
     vectors = (grad_weight.sum(0), grad_bias.sum(0)) if case.affine else (None, None)
     return Outputs(y, grad_x, grad_residual, *vectors)
 
@@ -193,14 +193,16 @@ def test_statistics_are_right_far_from_zero(splits, mean, dtype, device):
     skip_float64_on_a_gpu(dtype, device)
     case = Case((4, 24, 3, 13, 11), splits, mean=mean)
     x = make_inputs(case, device, dtype).x
-    actual_mean, actual_variance = ops.batch_norm_statistics(x, splits)
+    actual_mean, actual_variance, inverse_std = ops.batch_norm_statistics(x, splits, EPSILON)
     rows = x.double().unflatten(0, (4 // splits, splits))
     variance, expected_mean = torch.var_mean(rows, (0, 3, 4, 5), correction=0)
-    assert actual_mean.shape == actual_variance.shape == (splits, 24)
+    assert actual_mean.shape == actual_variance.shape == inverse_std.shape == (splits, 24)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    assert actual_mean.dtype == actual_variance.dtype == sums
+    assert actual_mean.dtype == actual_variance.dtype == inverse_std.dtype == sums
     assert_close(actual_mean.double(), expected_mean, **tolerance(sums, case.terms, scale=1 + mean))
     assert_close(actual_variance.double(), variance, **variance_tolerance(dtype, case.terms, mean))
+    expected_inverse = (actual_variance.double() + EPSILON).rsqrt()
+    assert_close(inverse_std.double(), expected_inverse, **tolerance(sums, 1, scale=expected_inverse.max().item()))
 
 
 @pytest.mark.cuda
@@ -241,12 +243,12 @@ def assert_same_results(maps, vectors, other_maps, other_vectors):
 
     def run(maps, vectors):
         gradient = {name: maps[name] for name in ("grad", "x", "y")} | vectors
-        means = {"mean_grad": vectors["mean"] / 8, "mean_grad_normalized": vectors["mean"] / 4}
+        sums = {"sum_grad": vectors["mean"] / 2, "sum_grad_normalized": vectors["mean"], "count": 4}
         return [
             *ops.batch_norm_statistics(maps["x"], case.splits),
             ops.batch_norm_apply(maps["x"], **vectors, residual=maps["residual"]),
             *ops.batch_norm_reduce_gradient(**gradient),
-            *ops.batch_norm_apply_gradient(**gradient, **means, residual=True),
+            *ops.batch_norm_apply_gradient(**gradient, **sums, residual=True),
         ]
 
     for found, expected in zip(run(maps, vectors), run(other_maps, other_vectors), strict=True):
@@ -300,13 +302,15 @@ def test_nothing_has_zero_mean_variance_and_sums(shape, device):
     case = Case(shape, 2, residual=True)
     inputs = make_inputs(case, device)
     zeros = torch.zeros(2, shape[1], device=device)
-    assert_close(ops.batch_norm_statistics(inputs.x, 2), (zeros, zeros))
+    assert_close(ops.batch_norm_statistics(inputs.x, 2, 0.25), (zeros, zeros, zeros + 2))
     affine = (inputs.mean, inputs.variance, inputs.weight, inputs.bias)
     assert ops.batch_norm_apply(inputs.x, *affine, inputs.residual).shape == shape
     gradient = (inputs.grad, inputs.x, *affine)
     assert_close(ops.batch_norm_reduce_gradient(*gradient), (zeros, zeros))
-    grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, residual=True)
-    assert grad_x.shape == grad_residual.shape == shape
+    sums = {"sum_grad": zeros, "sum_grad_normalized": zeros, "count": 0}
+    for given in ({}, sums):
+        grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, **given, residual=True)
+        assert grad_x.shape == grad_residual.shape == shape
 
 
 @pytest.mark.parametrize("keeps_y", [False, True])
@@ -314,8 +318,7 @@ def test_nan_goes_where_it_goes_in_pytorch(keeps_y, device):
     case = Case((2, 8, 2, 3, 5), residual=True)
     inputs = make_inputs(case, device)
     inputs.x[1, 2, 0, 1, 1] = inputs.residual[0, 4, 1, 2, 2] = torch.nan
-    mean, variance = ops.batch_norm_statistics(inputs.x)
-    assert mean.isnan().nonzero().tolist() == variance.isnan().nonzero().tolist() == [[0, 2]]
+    assert [each.isnan().nonzero().tolist() for each in ops.batch_norm_statistics(inputs.x)] == [[[0, 2]]] * 3
     affine = (inputs.mean, inputs.variance, inputs.weight, inputs.bias)
     y = ops.batch_norm_apply(inputs.x, *affine, inputs.residual)
     assert y.isnan().nonzero().tolist() == [[0, 4, 1, 2, 2], [1, 2, 0, 1, 1]]
@@ -346,14 +349,14 @@ def test_opcheck(device):
     inputs = make_inputs(case, device)
     affine = (inputs.mean, inputs.variance, inputs.weight, inputs.bias)
     check = torch.library.opcheck
-    check(OPERATORS.batch_norm_statistics.default, (inputs.x, case.splits))
+    check(OPERATORS.batch_norm_statistics.default, (inputs.x, case.splits, EPSILON))
     check(OPERATORS.batch_norm_apply.default, (inputs.x, *affine, inputs.residual, True))
     check(OPERATORS.batch_norm_apply.out, (inputs.x, *affine, None, True, torch.empty_like(inputs.x)))
     gradient = (inputs.grad, inputs.x, *affine)
     check(OPERATORS.batch_norm_reduce_gradient.default, (*gradient, inputs.residual, True))
-    means = (inputs.mean, inputs.variance)
-    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, None, True, *means, False))
-    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, inputs.residual, True, None, None, True))
+    sums = (inputs.mean, inputs.variance, 70.0)
+    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, None, True, *sums, False))
+    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, inputs.residual, True, None, None, 0.0, True))
 
 
 MAP, GROUPS, CHANNELS = torch.zeros(2, 8, 2, 5, 5), torch.zeros(2, 8), torch.zeros(8)
@@ -391,6 +394,8 @@ MESSAGES = {
         ({"splits": 0}, "splits must be a divisor of the 2 clips, got 0"),
         ({"splits": -1}, "splits must be a divisor of the 2 clips, got -1"),
         ({"splits": 3}, "splits must be a divisor of the 2 clips, got 3"),
+        ({"eps": -1e-5}, "eps must be at least 0, got -1e-05"),
+        ({"eps": math.nan}, "eps must be at least 0, got nan"),
     ],
     "batch_norm_apply": [
         *AFFINE_MESSAGES,
@@ -406,13 +411,14 @@ MESSAGES = {
         *AFFINE_MESSAGES,
         *of_a_map("grad"),
         *of_a_map("y"),
-        ({"mean_grad": GROUPS}, "mean_grad must be given exactly with mean_grad_normalized, got one of them"),
-        ({"mean_grad": CHANNELS, "mean_grad_normalized": GROUPS}, r"mean_grad must be \(2, 8\), got \(8,?\)"),
+        ({"sum_grad": GROUPS}, "sum_grad must be given exactly with sum_grad_normalized, got one of them"),
+        ({"sum_grad": CHANNELS, "sum_grad_normalized": GROUPS}, r"sum_grad must be \(2, 8\), got \(8,?\)"),
         (
-            {"mean_grad": GROUPS, "mean_grad_normalized": GROUPS[:1]},
-            r"mean_grad_normalized must be \(2, 8\), got \(1, 8\)",
+            {"sum_grad": GROUPS, "sum_grad_normalized": GROUPS[:1]},
+            r"sum_grad_normalized must be \(2, 8\), got \(1, 8\)",
         ),
-        ({"mean_grad": GROUPS, "mean_grad_normalized": GROUPS.half()}, "mean_grad_normalized must be .*float32"),
+        ({"sum_grad": GROUPS, "sum_grad_normalized": GROUPS.half()}, "sum_grad_normalized must be .*float32"),
+        ({"sum_grad": GROUPS, "sum_grad_normalized": GROUPS}, "count must be positive with sum_grad, got 0"),
     ],
 }
 

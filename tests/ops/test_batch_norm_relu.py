@@ -39,11 +39,11 @@ def _arguments(shape, residual, layout="contiguous", dtype=torch.float64):
     return [[None if one is None else one.detach().clone().requires_grad_() for one in made] for _ in range(2)]
 
 
-def _plain(x, weight, bias, residual, running, relu, training=True, splits=1, momentum=0.1):
+def _plain(x, weight, bias, residual, running, relu, training=True, splits=1, momentum=0.1, eps=1e-5):
     """By the definition, sub-batches by the reshaping of PySlowFast."""
     grouped = x.reshape(x.shape[0] // splits, x.shape[1] * splits, *x.shape[2:])
     affine = (None if vector is None else vector.repeat(splits) for vector in (weight, bias))
-    y = F.batch_norm(grouped, *running, *affine, training, momentum, 1e-5).view(x.shape)
+    y = F.batch_norm(grouped, *running, *affine, training, momentum, eps).view(x.shape)
     y = y if residual is None else y + residual
     return y.relu() if relu else y
 
@@ -67,8 +67,8 @@ def test_result_gradients_and_running_statistics_are_those_of_the_definition(sha
     statistics = [[torch.randn(shape[1] * splits).double(), torch.rand(shape[1] * splits).double()] for _ in "12"]
     for mine, theirs in zip(*statistics, strict=True):
         theirs.copy_(mine)
-    expected = _plain(*plain, statistics[1], relu, splits=splits, momentum=0.3)
-    options = {"running_mean": statistics[0][0], "running_var": statistics[0][1], "momentum": 0.3}
+    expected = _plain(*plain, statistics[1], relu, splits=splits, momentum=0.3, eps=0.5)
+    options = {"running_mean": statistics[0][0], "running_var": statistics[0][1], "momentum": 0.3, "eps": 0.5}
     result = ops.batch_norm_relu(*ours, relu=relu, splits=splits, **options)
     _check(ours, plain, torch.randn(shape).double(), result, expected, EXACT)
     for mine, theirs in zip(*statistics, strict=True):

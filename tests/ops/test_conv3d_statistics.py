@@ -14,6 +14,7 @@ from slowfast_ext import ops
 from slowfast_ext.models import build_model
 
 OPERATOR = torch.ops.slowfast_ext.conv3d_statistics.default
+EPSILON = 0.25
 CASES = {  # x, weight, stride, padding
     "slow_1x1x1_80_channels": ((2, 80, 2, 7, 5), (64, 80, 1, 1, 1), (1, 1, 1), (0, 0, 0)),
     "slow_1x3x3_stride_2": ((1, 64, 3, 9, 10), (64, 64, 1, 3, 3), (1, 2, 2), (0, 1, 1)),
@@ -35,10 +36,10 @@ def make_inputs(case, device="cpu", dtype=torch.float32):
 
 
 def call(x, weight, case):
-    return ops.conv3d_statistics(x, weight, stride=case[2], padding=case[3])
+    return ops.conv3d_statistics(x, weight, stride=case[2], padding=case[3], eps=EPSILON)
 
 
-def assert_statistics(y, mean, variance):
+def assert_statistics(y, mean, variance, inverse_std):
     """Those of ``y`` as it is, in the dtype of sums.
 
     Each is a sum over the elements of a channel, of deviation of the largest of them, or of their squares, over the
@@ -52,27 +53,30 @@ def assert_statistics(y, mean, variance):
         assert actual.shape == (1, y.shape[1])
         assert actual.dtype == sums
         assert_close(actual[0].double(), expected, **tolerance(sums, count, scale=size / math.sqrt(count)))
+    assert inverse_std.dtype == sums
+    expected = (variance.double() + EPSILON).rsqrt()
+    assert_close(inverse_std.double(), expected, **tolerance(sums, 1, scale=expected.max().item()))
 
 
 @dtypes
 @cases
 def test_equals_plain_pytorch_in_float64(case, dtype, device):
     x, weight = make_inputs(case, device, dtype)
-    y, mean, variance = call(x, weight, case)
+    y, *statistics = call(x, weight, case)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
     assert_close(
         y.double(), F.conv3d(x.double(), weight.double(), None, *case[2:]), **tolerance(dtype, weight[0].numel())
     )
-    assert_statistics(y, mean, variance)
+    assert_statistics(y, *statistics)
 
 
 def test_float64_is_exact_on_a_cpu():
     case = CASES["odd_channels"]
     x, weight = make_inputs(case, dtype=torch.float64)
-    y, mean, variance = call(x, weight, case)
+    y, *statistics = call(x, weight, case)
     assert_close(y, F.conv3d(x, weight, None, *case[2:]), rtol=1e-12, atol=1e-12)
-    assert_statistics(y, mean, variance)
+    assert_statistics(y, *statistics)
 
 
 @dtypes
@@ -80,7 +84,7 @@ def test_a_mean_far_from_zero_leaves_the_variance_right(dtype, device):
     case = CASES["fast_1x1x1_widens"]
     x, weight = make_inputs(case, device, dtype)
     x[:, 0], weight[:, 0] = 1, 3000
-    y, mean, variance = call(x, weight, case)
+    y, mean, variance, _ = call(x, weight, case)
     values = y.double().transpose(0, 1).flatten(1)
     # A roundoff of the mean is the least error that a deviation has, and cancels but for its square.
     expected, roundoff = values.var(1, correction=0), 3000 * 2.0**-24
@@ -98,9 +102,9 @@ def test_outputs_are_those_of_conv3d_bn_relu(device):
 def test_the_reference_for_other_devices_equals_the_operator():
     case = CASES["slow_1x3x3_stride_2"]
     x, weight = make_inputs(case)
-    y, mean, variance = ops.conv3d_statistics_reference(x, weight, *case[2:])
+    y, *statistics = ops.conv3d_statistics_reference(x, weight, *case[2:], EPSILON)
     assert_close(y, call(x, weight, case)[0], **tolerance(torch.float32, weight[0].numel()))
-    assert_statistics(y, mean, variance)
+    assert_statistics(y, *statistics)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "slice_of_channels"])
@@ -115,9 +119,9 @@ def test_any_layout_of_x(name, layout, device):
         n, c, t, h, w = x.shape
         wide = torch.full((n, c + 16, t, h, w), torch.nan, device=device).to(memory_format=torch.channels_last_3d)
         x = wide[:, 8 : 8 + c].copy_(x)
-    y, mean, variance = call(x, weight.contiguous(), case)
+    y, *statistics = call(x, weight.contiguous(), case)
     assert_close(y.double(), expected, **tolerance(torch.float32, weight[0].numel()))
-    assert_statistics(y, mean, variance)
+    assert_statistics(y, *statistics)
 
 
 def test_one_number_serves_for_all_three_dimensions(device):
@@ -129,23 +133,23 @@ def test_one_number_serves_for_all_three_dimensions(device):
 
 def test_statistics_of_no_elements_are_zero(device):
     x, weight = torch.empty(0, 8, 2, 3, 3, device=device), torch.ones(16, 8, 1, 1, 1, device=device)
-    y, mean, variance = ops.conv3d_statistics(x, weight)
+    y, *statistics = ops.conv3d_statistics(x, weight, eps=0.25)
     assert y.shape == (0, 16, 2, 3, 3)
-    assert mean.tolist() == variance.tolist() == [[0.0] * 16]
+    assert [each.tolist() for each in statistics] == [[[value] * 16] for value in (0.0, 0.0, 2.0)]
 
 
 def test_opcheck(device):
     case = CASES["fast_3x1x1_8_channels"]
-    torch.library.opcheck(OPERATOR, (*make_inputs(case, device), *case[2:], False))
+    torch.library.opcheck(OPERATOR, (*make_inputs(case, device), *case[2:], EPSILON, False))
 
 
 def test_autocast_casts_both_arguments(device):
     case = CASES["fast_3x1x1_8_channels"]
     x, weight = make_inputs(case, device)
     with torch.autocast(device.type, torch.bfloat16):
-        y, mean, variance = call(x, weight, case)
+        y, *statistics = call(x, weight, case)
     assert torch.equal(y, call(x.bfloat16(), weight.bfloat16(), case)[0])
-    assert_statistics(y, mean, variance)
+    assert_statistics(y, *statistics)
 
 
 def test_compiles_to_one_graph(device):
@@ -168,6 +172,7 @@ X, WEIGHT = (2, 8, 4, 5, 5), (16, 8, 1, 3, 3)
         ({"weight": torch.zeros(16, 8, 5, 3, 3)}, "kernel must fit into the padded input, got kernel 5 for 4 elements"),
         ({"stride": (0, 1, 1)}, r"stride must be three positive integers, got \(0, 1, 1\)"),
         ({"padding": (0, -1, 0)}, r"padding must be three integers of at least 0, got \(0, -1, 0\)"),
+        ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
         ({"x": torch.zeros(X).long(), "weight": torch.zeros(WEIGHT).long()}, "x must be .*float"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
