@@ -36,7 +36,7 @@ from .nn import (
 from .nn.block import TWINS
 from .nn.conv import convolution_reason
 from .nn.program import NOTHING_FOLLOWS
-from .nn.training import NORMS, sub_batch_state, synchronised_state
+from .nn.statistics import NORMS, sub_batch_state, synchronised_state
 
 TWINS.update(
     {

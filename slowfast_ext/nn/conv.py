@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from .. import ops
 from .block import DTYPES, TWINS, FusedBlock, backend_reason, call_reason, compute_dtype, recording_reason
 from .folding import FoldedWeights
-from .training import NORMS, Part, train_block
+from .statistics import NORMS
+from .training import Part, train_block
 
 
 def convolution_reason(conv: nn.Module, bn: nn.Module | None, kind: type[nn.Conv3d] = nn.Conv3d) -> str | None:

@@ -10,89 +10,23 @@ same tensors.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..ops.batch_norm_relu import (
-    BatchNormForward,
-    BatchNormSettings,
-    batch_norm_backward,
-    batch_norm_forward,
-    in_dtype_of_sums,
-    update_running_statistics,
-)
-from ..ops.common import allows_tf32
+from ..ops.batch_norm_relu import batch_norm_backward
+from .statistics import NORMS, NormState, move_statistics
+from .training_layer import Layer, Moments, Step
 
 # Up to how many input channels a 1 x 1 x 1 convolution is computed again sooner than its result is written and read, as
 # 2 * channels operations against 6 bytes in bfloat16 (12 in float32, at half the operations a second): a GPU does some
 # 230 operations in the time of a byte (H100: 700 TFLOP/s, 3 TB/s), a CPU core some 30 (AVX-512 BF16: 300 GFLOP/s,
 # 10 GB/s).
 _RECOMPUTED_CHANNELS = {"cuda": 690, "cpu": 90}
-
-# Class of a batch norm -> what its statistics are, in training; slowfast_ext.accelerate adds to it.
-NORMS: dict[type[nn.Module], Callable[[nn.Module], NormState]] = {}
-
-
-class NormState(NamedTuple):
-    """Where a batch norm takes its statistics, and the buffers that follow them.
-
-    Attributes:
-        settings: for this forward pass.
-        running_mean, running_var (Tensor[splits * C]): are read or written.
-    """
-
-    settings: BatchNormSettings
-    running_mean: Tensor
-    running_var: Tensor
-
-
-def _plain_state(bn: nn.BatchNorm3d) -> NormState:
-    return NormState(BatchNormSettings(bn.training, bn.eps), bn.running_mean, bn.running_var)
-
-
-def synchronised_state(bn: nn.BatchNorm3d) -> NormState:
-    """Of a batch norm whose statistics are those of all processes."""
-    group = None
-    if bn.training and dist.is_available() and dist.is_initialized():
-        group = getattr(bn, "process_group", None) or dist.group.WORLD
-        group = group if dist.get_world_size(group) > 1 else None
-    return NormState(BatchNormSettings(bn.training, bn.eps, group=group), bn.running_mean, bn.running_var)
-
-
-def sub_batch_state(bn: nn.BatchNorm3d) -> NormState:
-    """Of a batch norm with ``splits`` groups of clips, whose statistics are ``split_mean`` and ``split_var``."""
-    if not bn.training:
-        return _plain_state(bn)
-    return NormState(BatchNormSettings(True, bn.eps, bn.splits), bn.split_mean, bn.split_var)
-
-
-NORMS[nn.BatchNorm3d] = _plain_state
-NORMS[nn.SyncBatchNorm] = synchronised_state
-
-
-class Step(NamedTuple):
-    """A convolution, and the batch norm and ReLU after it.
-
-    Attributes:
-        stride, padding: of the convolution.
-        norm: None where there is none.
-        relu: whether there is a ReLU; only behind a batch norm.
-    """
-
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    norm: BatchNormSettings | None
-    relu: bool
-
-    TENSORS = 6  # that belong to a step: weight and bias of the convolution, of the batch norm, its statistics
 
 
 class Structure(NamedTuple):
@@ -180,29 +114,8 @@ def train_block(
         for part, state in zip(parts, states, strict=True)
         if state is not None and state.settings.batch
     ]
-    _move_statistics(moving, list(zip(moments[::3], moments[1::3], moments[2::3], strict=True)))
+    move_statistics(moving, list(zip(moments[::3], moments[1::3], moments[2::3], strict=True)))
     return y
-
-
-@torch.no_grad()
-def _move_statistics(moving: Sequence[tuple[nn.Module, NormState]], moments: Sequence[tuple]) -> None:
-    """As :func:`update_running_statistics` for each batch norm of a block, in three launches for all of them."""
-    if not moving:
-        return
-    torch._foreach_add_([bn.num_batches_tracked for bn, _ in moving], 1)
-    alike = len({bn.momentum for bn, _ in moving}) == 1 and all(isinstance(count, int) for _, _, count in moments)
-    if moving[0][0].momentum is None or not alike:
-        for (bn, state), (mean, variance, count) in zip(moving, moments, strict=True):
-            momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-            update_running_statistics(state.running_mean, state.running_var, mean, variance, count, momentum)
-    elif all(count > 0 for _, _, count in moments):
-        unbiased = torch._foreach_mul([variance for _, variance, _ in moments], [n / (n - 1) for _, _, n in moments])
-        running = [statistic for _, state in moving for statistic in (state.running_mean, state.running_var)]
-        batch = [
-            one.view(-1) for (mean, _, _), variance in zip(moments, unbiased, strict=True) for one in (mean, variance)
-        ]
-        batch = [one.to(statistic.dtype) for one, statistic in zip(batch, running, strict=True)]
-        torch._foreach_lerp_(running, batch, moving[0][0].momentum)
 
 
 def _tensors_of(part: Part, state: NormState | None) -> tuple[Tensor | None, ...]:
@@ -211,108 +124,6 @@ def _tensors_of(part: Part, state: NormState | None) -> tuple[Tensor | None, ...
     if state is not None and not state.settings.batch:
         constants = (state.running_mean, state.running_var)
     return (conv.weight, conv.bias, *((None, None) if bn is None else (bn.weight, bn.bias)), *constants)
-
-
-@torch.compiler.assume_constant_result
-def _statistics_reason(*arguments) -> str | None:
-    return _cached_statistics_reason(*arguments)
-
-
-@functools.cache  # asked for each convolution in each step
-def _cached_statistics_reason(x, weight, stride, padding, dtype, allow_tf32, device) -> str | None:
-    geometry = {"stride": stride, "padding": padding}
-    return ops.conv3d_statistics_reason_against(
-        x, weight, **geometry, dtype=dtype, allow_tf32=allow_tf32, device=device
-    )
-
-
-class _Layer:
-    """A step with its tensors."""
-
-    def __init__(self, step: Step, tensors: Sequence[Tensor | None], dtype: torch.dtype):
-        self.step = step
-        weight, bias, *norm = tensors
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        gamma, beta, mean, variance = (in_dtype_of_sums(self.weight, tensor) for tensor in norm)
-        self.affine = (gamma, beta)
-        self.given = None if mean is None else (mean[None], variance[None])
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Tensor[N, C, T, H, W] -> Tensor[N, K, T', H', W'] in channels_last_3d."""
-        geometry = {"stride": self.step.stride, "padding": self.step.padding}
-        if x.device.type == "cpu":  # F.conv3d has a slow path for small batches
-            bias = in_dtype_of_sums(x, self.bias)
-            return ops.conv3d_bn_relu(x, self.weight, bias, relu=False, **geometry)
-        if self._has_statistics(x):  # the kernel that made the statistics, so that they belong to the same numbers
-            return ops.conv3d_bn_relu(x, self.weight, relu=False, **geometry)
-        return F.conv3d(x, self.weight, self.bias, **geometry).contiguous(memory_format=torch.channels_last_3d)
-
-    def convolve_for_statistics(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The convolution, and mean, variance and inverse_std of its result where one kernel makes all."""
-        if not self._has_statistics(x):
-            return self.convolve(x), None
-        step = self.step
-        y, *statistics = ops.conv3d_statistics(
-            x, self.weight, stride=step.stride, padding=step.padding, eps=step.norm.eps
-        )
-        return y, tuple(statistics)
-
-    def _has_statistics(self, x: Tensor) -> bool:
-        norm = self.step.norm
-        if norm is None or not norm.batch or norm.splits > 1 or self.bias is not None:
-            return False
-        geometry = (tuple(self.weight.shape), tuple(self.step.stride), tuple(self.step.padding))
-        return _statistics_reason(tuple(x.shape), *geometry, x.dtype, allows_tf32(x), x.device) is None
-
-    def normalize(
-        self,
-        y: Tensor,
-        statistics: tuple[Tensor, ...] | None = None,
-        residual: Tensor | None = None,
-        *,
-        relu: bool,
-        out: Tensor | None = None,
-    ) -> BatchNormForward:
-        given = self.given if statistics is None else statistics
-        return batch_norm_forward(y, self.step.norm, *self.affine, given, residual, relu=relu, out=out)
-
-    def normalize_again(self, y: Tensor, moments: _Moments) -> Tensor:
-        return ops.batch_norm_apply(y, moments.mean, moments.inverse_std, *self.affine, relu=self.step.relu)
-
-    def gradients(self, grad: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Of x, weight and bias of the convolution."""
-        weight, stride, padding = self.weight, list(self.step.stride), list(self.step.padding)
-        frames, padded = x.shape[2], padding[0]
-        if x.device.type == "cpu" and padded and 1 < frames < weight.shape[2] and x.element_size() == 2:
-            # oneDNN's gradient of the weight reads memory that nobody wrote where the kernel is longer than the clip.
-            x = F.pad(x, (0, 0, 0, 0, padded, padded)).contiguous(memory_format=torch.channels_last_3d)
-            grad_x, *others = self._gradients(grad, x, stride, [0, *padding[1:]], needs)
-            grad_x = grad_x[:, :, padded:-padded] if needs[0] else None
-            return grad_x, *others
-        return self._gradients(grad, x, stride, padding, needs)
-
-    def _gradients(self, grad, x, stride, padding, needs) -> tuple[Tensor | None, ...]:
-        weight = self.weight
-        biases = None if self.bias is None else [weight.shape[0]]
-        if x.device.type == "cpu" and _is_flat(weight, stride, padding):
-            # In three dimensions torch does without oneDNN here, and takes up to ten times as long.
-            by_frame = weight.shape[2] == 1
-            grad, flat = _in_two_dimensions(grad, by_frame), _in_two_dimensions(x, by_frame)
-            stride, padding = (stride[1:], padding[1:]) if by_frame else ([stride[0], stride[2]], [padding[0], 0])
-            geometry = (stride, padding, [1, 1], False, [0, 0], 1)
-            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, flat, weight.flatten(3), biases, *geometry, list(needs)
-            )
-            grad_x = _in_three_dimensions(grad_x, x, by_frame) if needs[0] else None
-            return grad_x, grad_weight.view_as(weight) if needs[1] else None, grad_bias
-        geometry = (stride, padding, [1, 1, 1], False, [0, 0, 0], 1)
-        return torch.ops.aten.convolution_backward(grad, x, weight, biases, *geometry, list(needs))
-
-
-class _Moments(NamedTuple):
-    mean: Tensor
-    inverse_std: Tensor
-    count: int | Tensor
 
 
 class _TrainedBlock(torch.autograd.Function):
@@ -330,7 +141,7 @@ class _TrainedBlock(torch.autograd.Function):
         convolved, rest = rest[:convolutions], rest[convolutions:]
         flat, tensors = rest[:moment_tensors], rest[moment_tensors:]
         moments = [
-            _Moments(mean, inverse_std, count)
+            Moments(mean, inverse_std, count)
             for mean, inverse_std, count in zip(flat[::2], flat[1::2], ctx.counts, strict=True)
         ]
         layers = _layers(structure, tensors)
@@ -514,37 +325,15 @@ class _Backward:
             self.gradients[at] = gradient
 
 
-def _layers(structure: Structure, tensors: Sequence[Tensor | None]) -> list[_Layer]:
+def _layers(structure: Structure, tensors: Sequence[Tensor | None]) -> list[Layer]:
     return [
-        _Layer(step, tensors[index * Step.TENSORS : (index + 1) * Step.TENSORS], structure.dtype)
+        Layer(step, tensors[index * Step.TENSORS : (index + 1) * Step.TENSORS], structure.dtype)
         for index, step in enumerate(structure.steps)
     ]
 
 
 def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
-
-
-def _is_flat(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether the kernel is 1 x 1 x 1 or t x 1 x 1, and strides are in space or in time, where it is."""
-    taps, *spatial = weight.shape[2:]
-    if spatial != [1, 1]:
-        return False
-    if taps == 1:
-        return stride[0] == 1 and padding[0] == 0
-    return list(stride[1:]) == [1, 1] and list(padding[1:]) == [0, 0]
-
-
-def _in_two_dimensions(x: Tensor, by_frame: bool) -> Tensor:
-    """A view of a channels_last_3d tensor: Tensor[N * T, C, H, W], or else Tensor[N, C, T, H * W]."""
-    return x.transpose(1, 2).flatten(0, 1) if by_frame else x.flatten(3)
-
-
-def _in_three_dimensions(flat: Tensor, like: Tensor, by_frame: bool) -> Tensor:
-    """The inverse, of the shape of ``like``."""
-    if by_frame:
-        return flat.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
-    return flat.unflatten(3, tuple(like.shape[3:]))
 
 
 def _room(structure: Structure, y: Tensor, fused: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -22,7 +22,7 @@ from slowfast_ext.models import (
     build_model,
 )
 from slowfast_ext.models.batch_norm import SyncBatchNorm3d
-from slowfast_ext.nn import training
+from slowfast_ext.nn import training_layer
 from slowfast_ext.nn.training import Step, Structure
 
 # In float64 only the order of sums differs; gradients are compared relative to their largest element.
@@ -183,7 +183,7 @@ def test_frozen_parts_are_respected(change, input_needs_gradient):
 
 
 def test_statistics_may_come_from_the_convolution(monkeypatch):
-    monkeypatch.setattr(training, "_statistics_reason", lambda *geometry: None)
+    monkeypatch.setattr(training_layer, "_statistics_reason", lambda *geometry: None)
     calls = []
     conv3d_statistics = ops.conv3d_statistics
     monkeypatch.setattr(ops, "conv3d_statistics", lambda *a, **k: calls.append(a) or conv3d_statistics(*a, **k))
