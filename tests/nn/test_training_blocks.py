@@ -27,7 +27,7 @@ from slowfast_ext.nn.training import Step, Structure
 
 # In float64 only the order of sums differs; gradients are compared relative to their largest element.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-STEM = type(CASES["stem"])(lambda: Stem(6, 5), ((2, 3, 4, 15, 13),))
+STEM = type(CASES["stem"])(lambda: Stem(6, 5), ((2, 3, 5, 15, 13),))  # fewer frames: see the test of oneDNN below
 BLOCKS = {name: case for name, case in {**CASES, "pooled_stem": STEM}.items() if "without_norm" not in name}
 blocks = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 bottleneck = CASES["bottleneck_downsample"]
