@@ -1,0 +1,54 @@
+"""The tables of docs/training.md, from the newest committed results of `training.py` and `training_curves.py` on a CPU.
+
+python benchmarks/training_table.py
+"""
+
+from __future__ import annotations
+
+from readme_table import newest
+
+DTYPES = ("float32", "bfloat16")
+
+
+def steps() -> str:
+    """A row for each type and variant, below a line that names machine, versions and clips."""
+    documents = [newest("training", dtype) for dtype in DTYPES]
+    environment, workload = documents[0]["environment"], documents[0]["workload"]
+    lines = [
+        f"{environment['machine']}, {environment['cores']} cores ({environment['instructions']}), torch "
+        f"{environment['torch']}, commit {environment['commit']}, {workload['model']}, clips of "
+        f"{' x '.join(map(str, workload['clip']))}:",
+        "",
+        "| variant | type | step, s (p10 to p90) | forward | backward | against best plain | peak MiB | kept MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for document in documents:
+        for row in document["variants"]:
+            seconds = [f"{row[key] / 1e3:.2f}" for key in ("median_ms", "p10_ms", "p90_ms", "forward_ms", "backward_ms")]
+            lines.append(
+                f"| {row['description']} | {document['workload']['dtype']} | {seconds[0]} ({seconds[1]} to {seconds[2]}) "
+                f"| {seconds[3]} | {seconds[4]} | {row['speedup_over_best_plain']:.2f}x "
+                f"| {row['peak_memory_bytes'] / 2**20:.0f} | {row['kept_bytes'] / 2**20:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def curves() -> str:
+    """A row for each type."""
+    documents = [newest("training_curves", dtype) for dtype in DTYPES]
+    lines = [
+        f"{documents[0]['workload']['steps']} steps, torch {documents[0]['environment']['torch']}, commit "
+        f"{documents[0]['environment']['commit']}:",
+        "",
+        "| type | another seed | another layout | fused | fused, first step |",
+        "|---|---|---|---|---|",
+    ]
+    for document in documents:
+        values = [document[f"difference_of_{which}"] for which in ("seeds", "layouts", "fused")]
+        cells = " | ".join(f"{value:.4f}" for value in values)
+        lines.append(f"| {document['workload']['dtype']} | {cells} | {document['first_difference']:.0e} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(steps(), curves(), sep="\n\n")
