@@ -24,10 +24,11 @@ def steps() -> str:
     ]
     for document in documents:
         for row in document["variants"]:
-            seconds = [f"{row[key] / 1e3:.2f}" for key in ("median_ms", "p10_ms", "p90_ms", "forward_ms", "backward_ms")]
+            times = (row[f"{key}_ms"] / 1e3 for key in ("median", "p10", "p90", "forward", "backward"))
             lines.append(
-                f"| {row['description']} | {document['workload']['dtype']} | {seconds[0]} ({seconds[1]} to {seconds[2]}) "
-                f"| {seconds[3]} | {seconds[4]} | {row['speedup_over_best_plain']:.2f}x "
+                f"| {row['description']} | {document['workload']['dtype']} "
+                "| {:.2f} ({:.2f} to {:.2f}) | {:.2f} | {:.2f} ".format(*times)
+                + f"| {row['speedup_over_best_plain']:.2f}x "
                 f"| {row['peak_memory_bytes'] / 2**20:.0f} | {row['kept_bytes'] / 2**20:.0f} |"
             )
     return "\n".join(lines)
