@@ -135,33 +135,8 @@ class _TrainedBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        structure = ctx.structure
-        x, fast, out, *rest = ctx.saved_tensors
-        convolutions, moment_tensors = ctx.split
-        convolved, rest = rest[:convolutions], rest[convolutions:]
-        flat, tensors = rest[:moment_tensors], rest[moment_tensors:]
-        moments = [
-            Moments(mean, inverse_std, count)
-            for mean, inverse_std, count in zip(flat[::2], flat[1::2], ctx.counts, strict=True)
-        ]
-        layers = _layers(structure, tensors)
-        needs = ctx.needs_input_grad[3:]
-        pass_ = _Backward(structure, layers, convolved, moments, tensors, needs)
-
-        branch = len(structure.branch)
-        grad_fast = None
-        if structure.lateral is not None:
-            channels = layers[branch - 1].weight.shape[0]
-            grad_fast = pass_.lateral(grad[:, channels:], fast, ctx.needs_input_grad[2])
-            grad, out = grad[:, :channels], None if out is None else out[:, :channels]
-        needs_x = ctx.needs_input_grad[1]
-        grad_x = pass_.branch(grad, x, out, needs_x)
-        gradients = [
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(pass_.gradients, ctx.tensor_dtypes, strict=True)
-        ]
-        grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
-        return None, grad_x, None if grad_fast is None else grad_fast.to(ctx.fast_dtype), *gradients
+        with torch.autocast(grad.device.type, enabled=False):  # which is on where backward() is called under it
+            return _backward(ctx, grad)
 
 
 def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors: Tensor | None):
@@ -229,6 +204,36 @@ def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors
             moments += [result.mean, result.variance, result.count]
     ctx.mark_non_differentiable(*(moment for moment in moments if isinstance(moment, Tensor)))
     return out, *moments
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    structure = ctx.structure
+    x, fast, out, *rest = ctx.saved_tensors
+    convolutions, moment_tensors = ctx.split
+    convolved, rest = rest[:convolutions], rest[convolutions:]
+    flat, tensors = rest[:moment_tensors], rest[moment_tensors:]
+    moments = [
+        Moments(mean, inverse_std, count)
+        for mean, inverse_std, count in zip(flat[::2], flat[1::2], ctx.counts, strict=True)
+    ]
+    layers = _layers(structure, tensors)
+    needs = ctx.needs_input_grad[3:]
+    pass_ = _Backward(structure, layers, convolved, moments, tensors, needs)
+
+    branch = len(structure.branch)
+    grad_fast = None
+    if structure.lateral is not None:
+        channels = layers[branch - 1].weight.shape[0]
+        grad_fast = pass_.lateral(grad[:, channels:], fast, ctx.needs_input_grad[2])
+        grad, out = grad[:, :channels], None if out is None else out[:, :channels]
+    needs_x = ctx.needs_input_grad[1]
+    grad_x = pass_.branch(grad, x, out, needs_x)
+    gradients = [
+        None if gradient is None else gradient.to(dtype)
+        for gradient, dtype in zip(pass_.gradients, ctx.tensor_dtypes, strict=True)
+    ]
+    grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
+    return None, grad_x, None if grad_fast is None else grad_fast.to(ctx.fast_dtype), *gradients
 
 
 class _Backward:

@@ -331,6 +331,20 @@ def test_a_hook_inside_a_block_makes_it_train_plainly_with_a_reason():
     assert_close(*results, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["bottleneck_downsample", "pooled_stem"])
+def test_a_backward_pass_under_autocast_is_that_outside_of_it(name):
+    _, twin = _pair(BLOCKS[name], torch.float32)
+    x = inputs(BLOCKS[name])
+    gradients = []
+    for inside in (False, True):
+        twin.zero_grad()
+        loss = twin(*x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        gradients.append([parameter.grad for parameter in twin.parameters()])
+    assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_a_module_may_be_used_twice_and_gradients_add_up():
     case = CASES["bottleneck"]
     plain, twin = _pair(case)
