@@ -399,11 +399,21 @@ def test_a_step_compiles_in_one_graph():
     _assert_same(twin, plain, [], [], results)
 
 
-def test_a_scaled_loss_with_infinite_gradients_skips_the_update():
-    """What GradScaler looks for has to arrive."""
-    _, twin = _pair(CASES["conv"], torch.float32)
-    (twin(*inputs(CASES["conv"])).sum() * float("inf")).backward()
-    assert not twin.conv.weight.grad.isfinite().all()
+def test_a_gradient_scaler_updates_as_with_plain_blocks_and_skips_what_overflows():
+    plain, twin = _pair(bottleneck, torch.float32)
+    (x,) = inputs(bottleneck)
+    for module in (plain, twin):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for factor in (1.0, float("inf"), 1.0):
+            loss = module(x).square().mean() * factor
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scaler.get_scale() == 128.0
+    for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mode_can_be_changed_and_undone():
