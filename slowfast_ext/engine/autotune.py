@@ -166,7 +166,7 @@ def _times(milliseconds: object) -> str:
 def device_name(device: torch.device) -> str:
     """The GPU, or the processor with the instructions and threads that torch uses."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     model = ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
