@@ -297,7 +297,7 @@ class _Backward:
 
     def _normalization(self, index, grad, y, known, relu, residual) -> tuple[Tensor, Tensor | None]:
         layer, moments = self.layers[index], self.moments[index]
-        known = known if residual or y.device.type == "cpu" else None  # the sign is cheap to compute again
+        known = known if residual or layer.on_cpu else None  # the sign is cheap to compute again
         grad, grad_residual, grad_weight, grad_bias = batch_norm_backward(
             grad,
             y,

@@ -42,7 +42,7 @@ class Layer:
     """A step with its tensors."""
 
     def __init__(self, step: Step, tensors: Sequence[Tensor | None], dtype: torch.dtype):
-        self.step = step
+        self.step, self.on_cpu = step, _on_cpu(tensors[0])
         weight, bias, *norm = tensors
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         gamma, beta, mean, variance = (in_dtype_of_sums(self.weight, tensor) for tensor in norm)
@@ -52,7 +52,7 @@ class Layer:
     def convolve(self, x: Tensor) -> Tensor:
         """Tensor[N, C, T, H, W] -> Tensor[N, K, T', H', W'] in channels_last_3d."""
         geometry = {"stride": self.step.stride, "padding": self.step.padding}
-        if x.device.type == "cpu":  # F.conv3d has a slow path for small batches
+        if self.on_cpu:  # F.conv3d has a slow path for small batches
             bias = in_dtype_of_sums(x, self.bias)
             return ops.conv3d_bn_relu(x, self.weight, bias, relu=False, **geometry)
         if self._has_statistics(x):  # the kernel that made the statistics, so that they belong to the same numbers
@@ -95,7 +95,7 @@ class Layer:
         """Of x, weight and bias of the convolution."""
         weight, stride, padding = self.weight, list(self.step.stride), list(self.step.padding)
         frames, padded = x.shape[2], padding[0]
-        if x.device.type == "cpu" and padded and 1 < frames < weight.shape[2] and x.element_size() == 2:
+        if self.on_cpu and padded and 1 < frames < weight.shape[2] and x.element_size() == 2:
             # oneDNN's gradient of the weight reads memory that nobody wrote where the kernel is longer than the clip.
             x = F.pad(x, (0, 0, 0, 0, padded, padded)).contiguous(memory_format=torch.channels_last_3d)
             grad_x, *others = self._gradients(grad, x, stride, [0, *padding[1:]], needs)
@@ -106,7 +106,7 @@ class Layer:
     def _gradients(self, grad, x, stride, padding, needs) -> tuple[Tensor | None, ...]:
         weight = self.weight
         biases = None if self.bias is None else [weight.shape[0]]
-        if x.device.type == "cpu" and _is_flat(weight, stride, padding):
+        if self.on_cpu and _is_flat(weight, stride, padding):
             # In three dimensions torch does without oneDNN here, and takes up to ten times as long.
             by_frame = weight.shape[2] == 1
             grad, flat = _in_two_dimensions(grad, by_frame), _in_two_dimensions(x, by_frame)
@@ -132,6 +132,10 @@ def _cached_statistics_reason(x, weight, stride, padding, dtype, allow_tf32, dev
     return ops.conv3d_statistics_reason_against(
         x, weight, **geometry, dtype=dtype, allow_tf32=allow_tf32, device=device
     )
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _is_flat(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:

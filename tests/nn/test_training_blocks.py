@@ -1,6 +1,7 @@
 """Blocks in training against the plain blocks: results, gradients, running statistics, and what is kept for them."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_a_step_of_training_is_the_plain_blocks(case, layout):
     results = _run(twin, mine), _run(plain, theirs)
     assert twin.last_forward == "fused"
     assert results[0].is_contiguous(memory_format=torch.channels_last_3d) or results[0].numel() == 0
+    _assert_same(twin, plain, mine, theirs, results)
+
+
+@blocks
+def test_what_a_gpu_runs_gives_the_same_in_plain_pytorch(case, monkeypatch):
+    """The passes of batch norm one by one, cuDNN's call for the convolutions, signs computed again."""
+    monkeypatch.setattr(training_layer, "_on_cpu", lambda tensor: False)
+    batch_norm_relu = importlib.import_module("slowfast_ext.ops.batch_norm_relu")
+    monkeypatch.setattr(batch_norm_relu, "_torch_serves", lambda x, splits: False)
+    plain, twin = _pair(case)
+    x = inputs(case, torch.float64)
+    theirs, mine = _copies(x), _copies(x)
+    results = _run(twin, mine), _run(plain, theirs)
+    assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
 
 
