@@ -18,7 +18,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from latency import DTYPES, check_device
+from latency import DTYPES, check_device, refusing
 from report import format_table
 from torch import Tensor
 from variants import first_lines
@@ -304,8 +304,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype", default=",".join(DTYPES), help="one or more with commas between (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    try:
-        options.device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with refusing(parser):
+        options.device = check_device(options.device)
         reason = None if options.device.type == "cpu" else slowfast_ext.unavailable_reason(options.device)
         if reason is not None:  # the references would be compared with themselves
             raise RuntimeError(f"--device must be cpu or a GPU that the kernels run on, got {options.device}: {reason}")
@@ -316,8 +316,6 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         for pattern in options.cases:
             if not any(fnmatchcase(name, pattern) for name in CASES):
                 raise ValueError(f"CASE must match one of {', '.join(CASES)}, got {pattern!r}")
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
     patterns = options.cases or ["*"]
     options.cases = [name for name in CASES if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return options

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latency import check_folders, progress
+from latency import check_folders, progress, refusing
 from report import describe_environment, environment_line, format_table, plot_bars, write_json
 from tqdm import tqdm
 
@@ -50,10 +50,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart (needs matplotlib)")
     options = parser.parse_args(arguments)
-    try:
+    with refusing(parser):
         check_options(options)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        parser.error(str(error))
     return options
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slowfast_ext.models import BasicBlock3d, Bottleneck3d, Lateral, Stem
+from slowfast_ext.nn.training import RECOMPUTED_CHANNELS
 
-# Up to how many input channels a fused block computes a 1 x 1 x 1 convolution again; see slowfast_ext/nn/training.py.
-RECOMPUTED_CHANNELS = {"cuda": 690, "cpu": 90}
 INDEX_BYTES = 8  # of the place of a maximum
 
 

@@ -17,6 +17,8 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -65,17 +67,22 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart (needs matplotlib)")
     options = parser.parse_args(arguments)
-    try:
+    with refusing(parser):
         check_options(options)
+    return options
+
+
+@contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What is raised for an option that cannot be honoured becomes the parser's error: a line, and exit status 2."""
+    try:
+        yield
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         parser.error(str(error))
-    return options
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Fill in the defaults that depend on model and device; raise if an option cannot be honoured."""
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.device = check_device(options.device)
     options.dtypes = list(dict.fromkeys(name.strip() for name in options.dtype.split(",")))
     for name in options.dtypes:
@@ -122,7 +129,10 @@ def check_folders(options: argparse.Namespace, *names: str) -> None:
             raise FileNotFoundError(f"--{name} must be in an existing folder, got {path}")
 
 
-def check_device(name: str) -> torch.device:
+def check_device(name: str | None) -> torch.device:
+    """The device of this name; of None a GPU, if there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

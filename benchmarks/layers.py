@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from latency import DTYPES, check_device, check_dtype, check_folders, check_workload, progress
+from latency import DTYPES, check_device, check_dtype, check_folders, check_workload, progress, refusing
 from layer_variants import IMPLEMENTATIONS, cache_flush, has_operator, implementations, part_of, prepare, tolerance
 from report import describe_environment, environment_line, format_table, write_csv, write_json
 from roofline import (
@@ -86,10 +86,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each layer and block")
     options = parser.parse_args(arguments)
-    try:
+    with refusing(parser):
         check_options(options)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        parser.error(str(error))
     return options
 
 

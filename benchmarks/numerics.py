@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from latency import DTYPES, check_device, check_folders
+from latency import DTYPES, check_device, check_folders, refusing
 from report import describe_environment, environment_line, format_table, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,7 +45,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, default=112, help="side of the clips in pixels (default: 112)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     options = parser.parse_args(arguments)
-    try:
+    with refusing(parser):
         options.device = check_device(options.device)
         options.dtypes = options.dtype.split(",")
         for name in options.dtypes:
@@ -55,8 +55,6 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             if getattr(options, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
         check_folders(options, "json")
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        parser.error(str(error))
     return options
 
 

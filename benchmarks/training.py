@@ -17,10 +17,8 @@ bad options.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -29,13 +27,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from kept import KeptTensors, count_kept
-from latency import DTYPES, SMALLEST_CROP, check_device, check_dtype, check_folders, progress
+from latency import DTYPES, SMALLEST_CROP, check_device, check_dtype, check_folders, progress, refusing
 from report import describe_environment, environment_line, format_table, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import slowfast_ext
-from slowfast_ext.evaluation.measuring import FEWEST_ROUNDS, Summary, peak_growth
+from slowfast_ext.evaluation.measuring import Summary, peak_memory, relative_error, shuffled_orders
 from slowfast_ext.models import BasicBlock3d, Bottleneck3d
 
 CROP = 224  # of the recipes
@@ -167,16 +165,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin rounds for this long ({SECONDS:.0f})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all samples")
     options = parser.parse_args(arguments)
-    try:
+    with refusing(parser):
         check_options(options)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        parser.error(str(error))
     return options
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Fill in the defaults that depend on the device; raise if an option cannot be honoured."""
-    options.device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options.device = check_device(options.device)
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got {options.dtype!r}")
     check_dtype(options.dtype, options.device)
@@ -236,26 +232,12 @@ def prepare(trained: Trained, options, clip: Tensor, label: Tensor, reference: T
             step.loss = None
             trained.kept = kept.bytes
         step()
-        trained.peak_memory = peak_of(step, options.device)
+        on_gpu = options.device.type == "cuda"
+        held = torch.cuda.memory_allocated(options.device) if on_gpu else 0
+        trained.peak_memory = peak_memory(step, options.device, held)
         trained.step = step
-    except (RuntimeError, MemoryError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
         trained.status, trained.reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-def relative_error(gradient: Tensor, reference: Tensor) -> float:
-    return ((gradient - reference).norm() / reference.norm()).item()
-
-
-def peak_of(step: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes by which memory rises during a step above what weights, momentum and clips take."""
-    if device.type != "cuda":
-        return peak_growth(step)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -287,11 +269,12 @@ def measure(options: argparse.Namespace) -> dict:
             trained.counted = count_kept(network, shape, dtype, trained.variant.accelerated, options.device.type)
         progress(f"{name}: {trained.reason or f'correct, ready after {trained.prepare_seconds:.1f} s'}")
     ready = {name: trained for name, trained in every.items() if trained.step is not None}
-    for samples in tqdm(_rounds(ready, options), desc=f"timing {len(ready)} variants", unit=" rounds"):
-        for name, parts in samples.items():
-            for part, milliseconds in parts.items():
-                every[name].samples[part].append(milliseconds)
-            every[name].status = "timed"
+    orders = shuffled_orders(ready, rounds=options.rounds, seconds=options.seconds) if ready else ()
+    for order in tqdm(orders, desc=f"timing {len(ready)} variants", unit=" rounds", total=options.rounds):
+        for name in order:
+            for part, milliseconds in ready[name].step.timed().items():
+                ready[name].samples[part].append(milliseconds)
+            ready[name].status = "timed"
     return {
         "benchmark": "training",
         "began": began.isoformat(timespec="seconds"),
@@ -307,17 +290,6 @@ def measure(options: argparse.Namespace) -> dict:
         "kernels_unavailable": slowfast_ext.unavailable_reason(options.device),
         "variants": [describe(name, trained, every) for name, trained in every.items()],
     }
-
-
-def _rounds(ready: dict[str, Trained], options: argparse.Namespace):
-    order, shuffle = list(ready), random.Random(0).shuffle
-    deadline, done = time.perf_counter() + options.seconds, 0
-    while order and (
-        done < options.rounds if options.rounds else done < FEWEST_ROUNDS or time.perf_counter() < deadline
-    ):
-        shuffle(order)
-        yield {name: ready[name].step.timed() for name in order}
-        done += 1
 
 
 def describe(name: str, trained: Trained, every: dict[str, Trained]) -> dict:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from latency import DTYPES, check_device, check_dtype, check_folders
+from latency import DTYPES, check_device, check_dtype, check_folders, refusing
 from report import describe_environment, environment_line, format_table, write_json
 from torch import Tensor
 from tqdm import tqdm
@@ -61,16 +61,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all losses")
     options = parser.parse_args(arguments)
-    try:
-        options.device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with refusing(parser):
+        options.device = check_device(options.device)
         if options.dtype not in DTYPES:
             raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got {options.dtype!r}")
         check_dtype(options.dtype, options.device)
         if options.steps < WINDOW:
             raise ValueError(f"--steps must be at least {WINDOW}, got {options.steps}")
         check_folders(options, "json")
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        parser.error(str(error))
     return options
 
 

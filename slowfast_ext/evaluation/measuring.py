@@ -6,7 +6,7 @@ import ctypes
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,25 +71,34 @@ def shuffled_rounds(
     seed: int = 0,
     before: Callable[[], object] | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Time every callable once a round, each round in another random order, so that drift of the machine (clocks, heat,
-    other users) and the state of its caches fall on all of them alike.
+    """Time every callable once a round, in the rounds of :func:`shuffled_orders`.
 
     Args:
         calls: callables by name, already warm.
-        rounds: this many rounds; None for as many as begin within ``seconds`` (at least FEWEST_ROUNDS, at most
-            MOST_ROUNDS).
         before: runs before each call, see :func:`time_once`.
 
     Yields:
         milliseconds by name, once a round.
     """
-    order, shuffle = list(calls), random.Random(seed).shuffle
+    for order in shuffled_orders(calls, rounds=rounds, seconds=seconds, seed=seed):
+        yield {name: time_once(calls[name], device, before) for name in order}
+
+
+def shuffled_orders(names: Iterable[str], *, rounds: int | None, seconds: float, seed: int = 0) -> Iterator[list[str]]:
+    """The names in another random order each round, so that drift of the machine (clocks, heat, other users) and the
+    state of its caches fall on all of them alike.
+
+    Args:
+        rounds: this many rounds; None for as many as begin within ``seconds`` (at least FEWEST_ROUNDS, at most
+            MOST_ROUNDS).
+    """
+    order, shuffle = list(names), random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
     for done in range(MOST_ROUNDS if rounds is None else rounds):
         if rounds is None and done >= FEWEST_ROUNDS and time.perf_counter() > deadline:
             return
         shuffle(order)
-        yield {name: time_once(calls[name], device, before) for name in order}
+        yield order
 
 
 def peak_memory(call: Callable[[], object], device: torch.device, held: int = 0) -> int | None:

@@ -82,7 +82,7 @@ class FusedBlock(nn.Module, ABC):
         self.__dict__.update(plain.__dict__)
         object.__setattr__(self, "plain", plain)  # around registration: its children are this module's
         self.last_forward: str | None = None  # "fused", or why not
-        self.trains = False  # whether it has a forward pass of its own in training
+        self.trains = False  # whether accelerate() was asked for training
         self.layer_by_layer: str | None = None  # why the last fused forward was not one operator for the whole block
 
     @classmethod
@@ -104,12 +104,8 @@ class FusedBlock(nn.Module, ABC):
         """Why the modes of the children, or of torch, rule a fused forward out for now, or None."""
 
     def _training_reason(self) -> str | None:
-        """Why the plain block's forward serves training better than :meth:`training_forward`, or None."""
+        """Why the plain block's forward serves training better, or None: then there is a ``training_forward``."""
         return f"{type(self).__name__} has no forward pass for training"
-
-    def training_forward(self, *args, **kwargs) -> Tensor:
-        """As the plain block's, with the statistics of the batch and gradients of the parameters."""
-        raise NotImplementedError
 
     def _reason_now(self) -> str | None:
         """Why this forward has to be the plain block's, or None."""

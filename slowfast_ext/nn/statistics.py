@@ -54,20 +54,15 @@ NORMS[nn.SyncBatchNorm] = synchronised_state
 
 @torch.no_grad()
 def move_statistics(moving: Sequence[tuple[nn.Module, NormState]], moments: Sequence[tuple]) -> None:
-    """As :func:`update_running_statistics` for each batch norm of a block, in three launches for all of them."""
+    """Count a batch in each batch norm of a block, and move its running statistics; in three launches for all of them,
+    unless they differ in momentum."""
     if not moving:
         return
     torch._foreach_add_([bn.num_batches_tracked for bn, _ in moving], 1)
-    alike = len({bn.momentum for bn, _ in moving}) == 1 and all(isinstance(count, int) for _, _, count in moments)
-    if moving[0][0].momentum is None or not alike:
-        for (bn, state), (mean, variance, count) in zip(moving, moments, strict=True):
-            momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-            update_running_statistics(state.running_mean, state.running_var, mean, variance, count, momentum)
-    elif all(count > 0 for _, _, count in moments):
-        unbiased = torch._foreach_mul([variance for _, variance, _ in moments], [n / (n - 1) for _, _, n in moments])
-        running = [statistic for _, state in moving for statistic in (state.running_mean, state.running_var)]
-        batch = [
-            one.view(-1) for (mean, _, _), variance in zip(moments, unbiased, strict=True) for one in (mean, variance)
-        ]
-        batch = [one.to(statistic.dtype) for one, statistic in zip(batch, running, strict=True)]
-        torch._foreach_lerp_(running, batch, moving[0][0].momentum)
+    momenta = [1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum for bn, _ in moving]
+    running = [(state.running_mean, state.running_var) for _, state in moving]
+    if len(set(momenta)) == 1:
+        update_running_statistics(running, moments, momenta[0])
+        return
+    for one, moment, momentum in zip(running, moments, momenta, strict=True):
+        update_running_statistics([one], [moment], momentum)

@@ -11,14 +11,14 @@ same tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops.batch_norm_relu import batch_norm_backward
+from ..ops.batch_norm_relu import BatchNormForward, batch_norm_backward
 from .statistics import NORMS, NormState, move_statistics
 from .training_layer import Layer, Moments, Step
 
@@ -26,7 +26,7 @@ from .training_layer import Layer, Moments, Step
 # 2 * channels operations against 6 bytes in bfloat16 (12 in float32, at half the operations a second): a GPU does some
 # 230 operations in the time of a byte (H100: 700 TFLOP/s, 3 TB/s), a CPU core some 30 (AVX-512 BF16: 300 GFLOP/s,
 # 10 GB/s).
-_RECOMPUTED_CHANNELS = {"cuda": 690, "cpu": 90}
+RECOMPUTED_CHANNELS = {"cuda": 690, "cpu": 90}
 
 
 class Structure(NamedTuple):
@@ -56,7 +56,7 @@ class Structure(NamedTuple):
         """Whether the backward pass computes the convolution again instead of having kept its result."""
         last = self.residual and step == len(self.branch) - 1 and step > 0
         beside = self.shortcut is not None and step == len(self.branch)
-        narrow = weight.shape[1] <= min(weight.shape[0], _RECOMPUTED_CHANNELS.get(weight.device.type, 0))
+        narrow = weight.shape[1] <= min(weight.shape[0], RECOMPUTED_CHANNELS.get(weight.device.type, 0))
         return (last or beside) and weight.shape[2:].numel() == 1 and narrow
 
 
@@ -145,7 +145,7 @@ def _forward(ctx, structure: Structure, x: Tensor, fast: Tensor | None, *tensors
     ctx.x_dtype, ctx.fast_dtype = x.dtype, None if fast is None else fast.dtype
     x = _prepared(x, structure.dtype)
     convolved: list[Tensor | None] = []
-    results: list[Any] = []
+    results: list[BatchNormForward] = []
 
     z = x
     for layer in branch[:-1]:
@@ -218,31 +218,31 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     ]
     layers = _layers(structure, tensors)
     needs = ctx.needs_input_grad[3:]
-    pass_ = _Backward(structure, layers, convolved, moments, tensors, needs)
+    gradients = _Gradients(structure, layers, convolved, moments, needs)
 
     branch = len(structure.branch)
     grad_fast = None
     if structure.lateral is not None:
         channels = layers[branch - 1].weight.shape[0]
-        grad_fast = pass_.lateral(grad[:, channels:], fast, ctx.needs_input_grad[2])
+        grad_fast = gradients.lateral(grad[:, channels:], fast, ctx.needs_input_grad[2])
         grad, out = grad[:, :channels], None if out is None else out[:, :channels]
     needs_x = ctx.needs_input_grad[1]
-    grad_x = pass_.branch(grad, x, out, needs_x)
-    gradients = [
+    grad_x = gradients.branch(grad, x, out, needs_x)
+    of_tensors = [
         None if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(pass_.gradients, ctx.tensor_dtypes, strict=True)
+        for gradient, dtype in zip(gradients.of_tensors, ctx.tensor_dtypes, strict=True)
     ]
     grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
-    return None, grad_x, None if grad_fast is None else grad_fast.to(ctx.fast_dtype), *gradients
+    return None, grad_x, None if grad_fast is None else grad_fast.to(ctx.fast_dtype), *of_tensors
 
 
-class _Backward:
+class _Gradients:
     """The backward pass of a block: layer by layer from the last, with what is needed of each computed again."""
 
-    def __init__(self, structure, layers, convolved, moments, tensors, needs):
+    def __init__(self, structure, layers, convolved, moments, needs):
         self.structure, self.layers, self.convolved, self.moments = structure, layers, convolved, moments
         self.needs = needs
-        self.gradients: list[Tensor | None] = [None] * len(tensors)
+        self.of_tensors: list[Tensor | None] = [None] * len(needs)
 
     def branch(self, grad: Tensor, x: Tensor, out: Tensor | None, needs_x: bool) -> Tensor | None:
         """The gradient of x, if needed; ``out`` is the result where there was an addition."""
@@ -327,7 +327,7 @@ class _Backward:
     def _keep(self, index: int, tensor: int, gradient: Tensor | None) -> None:
         at = index * Step.TENSORS + tensor
         if self.needs[at]:
-            self.gradients[at] = gradient
+            self.of_tensors[at] = gradient
 
 
 def _layers(structure: Structure, tensors: Sequence[Tensor | None]) -> list[Layer]:

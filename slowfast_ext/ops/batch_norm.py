@@ -185,10 +185,6 @@ def _check_affine(operator, x, mean, inverse_std, weight, bias, **maps) -> None:
             _check_map(operator, name, tensor, x)
 
 
-def _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y) -> None:
-    _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
-
-
 def _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count) -> None:
     both = (sum_grad is None) == (sum_grad_normalized is None)
     check(operator, both, "sum_grad", "given exactly with sum_grad_normalized", "one of them")
@@ -254,7 +250,7 @@ def _passed(grad, normalized, weight, bias, y, relu) -> Tensor:
 
 def batch_norm_reduce_gradient_reference(grad, x, mean, inverse_std, weight, bias, y, relu) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
-    _check_gradient("batch_norm_reduce_gradient", grad, x, mean, inverse_std, weight, bias, y)
+    _check_affine("batch_norm_reduce_gradient", x, mean, inverse_std, weight, bias, grad=grad, y=y)
     normalized = _normalized(x, mean, inverse_std)
     passed = _groups(_passed(grad, normalized, weight, bias, y, relu), mean.shape[0])
     return passed.sum((0, 3, 4, 5)), (passed * normalized).sum((0, 3, 4, 5))
@@ -265,7 +261,7 @@ def batch_norm_apply_gradient_reference(
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
     operator = "batch_norm_apply_gradient"
-    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y)
+    _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
     _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
     normalized = _normalized(x, mean, inverse_std)
     passed = _passed(grad, normalized, weight, bias, y, relu)
@@ -325,7 +321,7 @@ def _fake_apply_into(x, mean, inverse_std, weight, bias, residual, relu, out):
 
 @torch.library.register_fake("slowfast_ext::batch_norm_reduce_gradient", lib=lib)
 def _fake_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu):
-    _check_gradient("batch_norm_reduce_gradient", grad, x, mean, inverse_std, weight, bias, y)
+    _check_affine("batch_norm_reduce_gradient", x, mean, inverse_std, weight, bias, grad=grad, y=y)
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
@@ -334,7 +330,7 @@ def _fake_apply_gradient(
     grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
 ):
     operator = "batch_norm_apply_gradient"
-    _check_gradient(operator, grad, x, mean, inverse_std, weight, bias, y)
+    _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
     _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
     like_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
     return like_x, torch.empty_like(like_x) if residual else x.new_empty(0)

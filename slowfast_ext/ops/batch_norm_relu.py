@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,7 +109,7 @@ def batch_norm_relu(
     given = () if batch_statistics else (running_mean, running_var)
     y, mean, variance, count = _BatchNormReLU.apply(settings, relu, x, weight, bias, residual, *given)
     if batch_statistics and running_mean is not None:
-        update_running_statistics(running_mean, running_var, mean, variance, count, momentum)
+        update_running_statistics([(running_mean, running_var)], [(mean, variance, count)], momentum)
     return y
 
 
@@ -219,19 +220,33 @@ def batch_norm_backward(
 
 @torch.no_grad()
 def update_running_statistics(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: int | Tensor, momentum: float
+    running: Sequence[tuple[Tensor, Tensor]],
+    moments: Sequence[tuple[Tensor, Tensor, int | Tensor]],
+    momentum: float,
 ) -> None:
-    """Move the running statistics by ``momentum`` towards those of a batch; of no elements they stay.
+    """Move running statistics by ``momentum`` towards those of a batch, of several batch norms at once.
 
     Args:
-        running_mean, running_var (Tensor[splits * C]): are written.
-        mean, variance (Tensor[splits, C]), count: of :class:`BatchNormForward`; the variance is made unbiased.
+        running: mean and variance (Tensor[splits * C]) of each; are written.
+        moments: mean, variance (Tensor[splits, C]) and count of :class:`BatchNormForward` of each. The variance is
+            made unbiased; of no elements the running statistics stay.
     """
-    if isinstance(count, int) and count == 0:
+    pairs = [pair for pair in zip(running, moments, strict=True) if not _is_zero(pair[1][2])]
+    if not pairs:
         return
-    unbiased = variance * (count / (count - 1))
-    running_mean.lerp_(mean.flatten().to(running_mean.dtype), momentum)
-    running_var.lerp_(unbiased.flatten().to(running_var.dtype), momentum)
+    variances, factors = zip(*((variance, count / (count - 1)) for _, (_, variance, count) in pairs), strict=True)
+    if any(isinstance(factor, Tensor) for factor in factors):
+        unbiased = [variance * factor for variance, factor in zip(variances, factors, strict=True)]
+    else:
+        unbiased = torch._foreach_mul(variances, factors)
+    targets = [statistic for both, _ in pairs for statistic in both]
+    batch = [one for (_, (mean, _, _)), variance in zip(pairs, unbiased, strict=True) for one in (mean, variance)]
+    batch = [one.flatten().to(statistic.dtype) for one, statistic in zip(batch, targets, strict=True)]
+    torch._foreach_lerp_(targets, batch, momentum)
+
+
+def _is_zero(count: int | Tensor) -> bool:
+    return isinstance(count, int) and count == 0
 
 
 def in_dtype_of_sums(x: Tensor, vector: Tensor | None) -> Tensor | None:

@@ -6,13 +6,12 @@ import re
 import pytest
 import torch
 import training
-from kept import RECOMPUTED_CHANNELS, KeptTensors, count_kept
+from kept import KeptTensors, count_kept
 from small_networks import small_config
 from training import VARIANTS
 
 import slowfast_ext
 from slowfast_ext import accelerate, models
-from slowfast_ext.nn import training as fused_training
 
 TINY = ["--device", "cpu", "--batch", "2", "--crop", "32", "--rounds", "2"]
 
@@ -81,10 +80,6 @@ def test_what_is_counted_is_what_is_kept(variant, lateral_norm, frame_sampling):
     statistics = sum(2 * module.num_features for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d))
     head = 4 * model.cls_head.fc_cls.weight.shape[1]  # the averages and what dropout makes of them
     assert counted < kept.bytes <= counted + 4 * (statistics + 2 * head)
-
-
-def test_the_limit_of_computing_again_is_the_blocks_own():
-    assert RECOMPUTED_CHANNELS == fused_training._RECOMPUTED_CHANNELS
 
 
 @pytest.mark.parametrize(

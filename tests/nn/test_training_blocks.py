@@ -384,10 +384,8 @@ def test_checkpointing_recomputes_the_same():
 
 def test_statistics_move_without_gradients_too():
     plain, twin = _pair(bottleneck)
+    x = inputs(bottleneck, torch.float64)
     with torch.no_grad():
-        results = [module(*inputs(bottleneck, torch.float64)) for module in (plain, plain)]
-        x = inputs(bottleneck, torch.float64)
-        plain, twin = _pair(bottleneck)
         results = twin(*x), plain(*x)
     assert twin.last_forward == "fused"
     assert_close(*results, **EXACT)
