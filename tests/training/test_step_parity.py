@@ -26,10 +26,10 @@ def _model(seed=0):
     return build_model(small_config(18, 18, num_classes=3, clip_len=8, dropout=0.0)).double()
 
 
-def _batches(settings, count, size=16):
+def _batches(settings, count, size=16, frames=8):
     """Small pictures: float64 convolutions are slow."""
     dataset = SyntheticDataset(settings.train, 3, 0)
-    dataset.size = size
+    dataset.size, dataset.frames = size, frames
     batches = []
     for index in range(count):
         clips, labels = zip(*(dataset.sample(BATCH * index + offset) for offset in range(BATCH)), strict=True)
@@ -137,7 +137,8 @@ def test_accumulated_batches_make_the_update_of_their_mean_gradient():
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_sixteen_bit_arithmetic_keeps_float32_weights_and_stays_near(amp):
     settings = _settings()
-    batch = _batches(settings, 1, size=32)[0]
+    # In bfloat16 oneDNN's gradient of a kernel that is longer than the clip has what lies in fresh memory: no 2 frames.
+    batch = _batches(settings, 1, size=32, frames=16)[0]
     losses, norms = {}, {}
     for kind in (None, amp):
         model = _model().float().train()
