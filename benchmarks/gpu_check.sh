@@ -20,7 +20,8 @@ Stages are named or given as shell patterns, and run in the order of --list; wit
     autotune_MODEL_BATCH      the same in bfloat16, against torch.compile with max-autotune
     layers_MODEL_DTYPE_BATCH  every layer and fused block, beside its floor
     training_MODEL_DTYPE_BATCH
-                              training steps: plain PyTorch, torch.compile and accelerate
+                              training steps: plain PyTorch and accelerate
+    graphs_MODEL_DTYPE_BATCH  the same compiled into CUDA graphs, which takes minutes
     curves_DTYPE              the loss of 200 steps, plain and fused
 
 OUT_DIR gets STAGE.log, STAGE.json of the benchmarks, test.xml, environment.log and summary.txt, each below 16 MB. What
@@ -56,6 +57,9 @@ list_stages() {
   done
   for model in r50_4x16 r50_8x8 r101_8x8; do
     printf '%s\n' "training_${model}_"{bfloat16,float16,float32}_batch8
+  done
+  for model in r50_4x16 r50_8x8 r101_8x8; do
+    printf '%s\n' "graphs_${model}_bfloat16_batch8"
   done
   printf '%s\n' curves_{bfloat16,float16,float32}
 }
@@ -144,7 +148,10 @@ run_stage() {
         --variants eager_channels_last,compile_max_autotune,accelerate,engine
       ;;
     layers_*) benchmark layers.py "$stage" --seconds 90 ;;
-    training_*) benchmark training.py "$stage" --seconds 60 ;;
+    training_*) benchmark training.py "$stage" --seconds 60 --variants eager,eager_channels_last,accelerate ;;
+    graphs_*)
+      benchmark training.py "$stage" --seconds 30 --variants eager_channels_last,graphs,accelerate,accelerate_graphs
+      ;;
     curves_*) limited python benchmarks/training_curves.py --device cuda --dtype "${stage#curves_}" \
       --json "$out/$stage.json" ;;
   esac

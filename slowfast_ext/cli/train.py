@@ -11,6 +11,7 @@ from typing import Any
 from ..evaluation import evaluate
 from ..training import RunOptions, TrainingError, read_settings, starting_weights, train
 from ..training.checkpoint_files import CheckpointFolder
+from ..training.compilation import COMPILE_MODES
 from ..training.distributed import Processes
 from ..training.step import AMP_DTYPES
 from .configuration import CONFIG_HELP, resolve
@@ -84,6 +85,12 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--accelerate", action="store_true", help="train fused blocks, which keep half as much for the backward pass"
     )
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_MODES,
+        help="compile the network with torch.compile in the first step, which takes minutes; reduce-overhead: on a GPU "
+        "as CUDA graphs, so that the host need not keep up",
+    )
     parser.add_argument("--plot", action="store_true", help="draw curves.png into the work dir at the end")
     refuse(parser, "--gpus", "--gpu-ids")
     parser.set_defaults(run=run)
@@ -105,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         scale_lr=args.scale_lr,
         sync_bn=args.sync_bn,
         accelerate=args.accelerate,
+        compile=args.compile,
         plot=args.plot,
     )
     tests = _Tests(args, config)

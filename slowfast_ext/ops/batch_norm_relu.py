@@ -275,9 +275,8 @@ def _of_all_processes(
     """Mean, variance and number of the elements of all processes. Chan et al., "Updating Formulae ... for Computing
     Sample Variances", 1979: the deviations within the processes and between them."""
     mine = torch.cat([mean.new_full((1,), count), mean.flatten(), variance.flatten()])
-    every = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    dist.all_gather_into_tensor(every, mine, group=group)
-    every = every.view(-1, mine.numel())
+    every = mine.new_empty(dist.get_world_size(group), mine.numel())
+    dist.all_gather(list(every.unbind()), mine, group=group)
     counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, 1)
     total = counts.sum()
     shares = counts / total

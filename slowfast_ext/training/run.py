@@ -26,6 +26,7 @@ from ..models import build_model, inflate_from_2d
 from .batch_norm import convert_batch_norm
 from .batches import DataSource, TrainingBatches
 from .checkpoint_files import CheckpointFolder, read_sound, write_file
+from .compilation import compile_network, require_compiler
 from .config_file import format_config
 from .curves import plot_curves, require_matplotlib
 from .distributed import Processes, choose_seed, start_processes
@@ -57,6 +58,7 @@ class RunOptions:
         scale_lr: multiply the learning rate by the videos of an update over ``auto_scale_lr.base_batch_size``.
         sync_bn: batch statistics over all processes.
         accelerate: train the fused blocks, see :func:`slowfast_ext.accelerate`.
+        compile: mode of :func:`torch.compile` for the training passes, one of ``COMPILE_MODES``.
         plot: draw ``curves.png`` at the end.
     """
 
@@ -73,6 +75,7 @@ class RunOptions:
     scale_lr: bool = False
     sync_bn: bool = False
     accelerate: bool = False
+    compile: str | None = None
     plot: bool = False
 
 
@@ -106,6 +109,8 @@ def train(
     options = _with_config(options, settings)
     _check(options, settings)
     processes = start_processes(options.launcher)
+    if options.compile:
+        require_compiler(processes.device)
     work_dir = Path(options.work_dir or Path("work_dirs") / name)
     if processes.is_main:
         prepare_folder(work_dir)
@@ -184,10 +189,10 @@ def _train(
     precise_batches = _precise_batches(settings, source, processes, seed)
     validation = Validation(source, settings, processes) if options.validate else None
 
-    network = model
+    network = compile_network(model, options.compile) if options.compile else model
     if processes.control is not None:
         device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=device_ids)
+        network = DistributedDataParallel(network, device_ids=device_ids)
         # Each process keeps its own batch statistics. As an argument this has another name in each version of torch.
         network.broadcast_buffers = False
     step = TrainingStep(
@@ -244,6 +249,11 @@ def _check(options: RunOptions, settings: TrainingSettings) -> None:
     """What can be known to be wrong before anything is made."""
     if options.accumulate < 1:
         raise ValueError(f"--accumulate must be at least 1, got {options.accumulate}")
+    if options.compile == "reduce-overhead" and options.accumulate > 1:
+        raise ValueError(
+            "--accumulate must be 1 with --compile reduce-overhead, whose gradients lie in memory that the next batch "
+            f"overwrites (or use --compile default), got {options.accumulate}"
+        )
     if options.seed is not None and not 0 <= options.seed < 2**31:
         raise ValueError(f"--seed must be in [0, 2**31), got {options.seed}")
     if options.scale_lr and settings.base_batch_size is None:

@@ -120,7 +120,8 @@ def test_every_model_type_and_batch_is_measured():
     whole, parts = [f"latency_{name}" for name in names], [f"layers_{name}" for name in names]
     steps = [f"training_{model}_{dtype}_batch8" for model in models for dtype in dtypes]
     curves = [f"curves_{dtype}" for dtype in dtypes]
-    assert list_stages() == [*fixed, *whole, *autotuned, *parts, *steps, *curves]
+    graphs = [f"graphs_{model}_bfloat16_batch8" for model in models]
+    assert list_stages() == [*fixed, *whole, *autotuned, *parts, *steps, *graphs, *curves]
 
 
 def test_stages_are_chosen_by_name_and_pattern_in_their_own_order(machine):
@@ -135,6 +136,7 @@ def test_stages_are_chosen_by_name_and_pattern_in_their_own_order(machine):
         *(f"{kind}_{model}_float16_batch30" for kind in ("latency", "layers") for model in ("r50_4x16", "r101_8x8")),
         "autotune_r50_8x8_batch1",
         "training_r101_8x8_float16_batch8",
+        "graphs_r50_4x16_bfloat16_batch8",
     ],
 )
 def test_benchmarks_accept_the_options_that_they_get(stage, machine, monkeypatch):
@@ -146,12 +148,14 @@ def test_benchmarks_accept_the_options_that_they_get(stage, machine, monkeypatch
     parsed = module.parse_options(options)
     assert f"_{re.search(r'r[0-9]+_[0-9]+x[0-9]+', stage)[0]}x1_" in parsed.model
     assert parsed.batch == int(stage.rpartition("batch")[2])
-    assert parsed.dtype == ("bfloat16" if stage.startswith("autotune") else "float16")
+    assert parsed.dtype == ("bfloat16" if stage.startswith(("autotune", "graphs")) else "float16")
     assert parsed.json == machine.out / f"{stage}.json"
     assert parsed.rounds is None
     assert 0 < parsed.seconds < 120
     if stage.startswith("autotune"):
         assert ("compile_max_autotune", "bfloat16") in parsed.variants
+    if stage.startswith("graphs"):
+        assert "accelerate_graphs" in parsed.variants
 
 
 def test_curves_accept_the_options_that_they_get(machine, monkeypatch):

@@ -44,6 +44,19 @@ def test_steps_are_compared_timed_in_parts_and_written_down(tmp_path, capsys):
     assert "slowfast_ext runs without CUDA kernels" in output
 
 
+def test_compiled_steps_are_compared_too(tmp_path, monkeypatch):
+    modes, compile_as_ever = [], torch.compile
+
+    def compile_without_code(model, mode):
+        modes.append(mode)
+        return compile_as_ever(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    status, _, rows = _measure(tmp_path, "--variants", "accelerate_compile,accelerate_graphs")
+    assert (status, modes) == (0, ["default", "reduce-overhead"])
+    assert all(row["status"] == "timed" and row["gradient_error"] < 2e-2 for row in rows.values())
+
+
 def test_in_16_bits_gradients_may_be_off_by_what_plain_pytorch_is_off_by(tmp_path):
     status, document, rows = _measure(tmp_path, "--dtype", "bfloat16", "--variants", "accelerate")
     assert status == 0
