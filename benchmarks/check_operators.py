@@ -114,32 +114,33 @@ CASES = {
     ),
     "batch_norm_reduce_gradient": _batch_norm(
         "batch_norm_reduce_gradient",
-        lambda grad, x, y, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, y, True),
+        lambda grad, x, y, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, y, True, True),
         ("grad", "x", "y"),
+        keywords={"residual": True},
     ),
     "batch_norm_reduce_gradient_odd_channels": _batch_norm(
         "batch_norm_reduce_gradient",
-        lambda grad, x, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, None, True),
+        lambda grad, x, *vectors: batch_norm.batch_norm_reduce_gradient_reference(grad, x, *vectors, None, True, True),
         ("grad", "x"),
         13,
+        keywords={"residual": True},
     ),
     "batch_norm_apply_gradient": _batch_norm(
         "batch_norm_apply_gradient",
         lambda grad, x, y, mean, inverse_std, weight, bias, *sums: batch_norm.batch_norm_apply_gradient_reference(
-            grad, x, mean, inverse_std, weight, bias, y, True, *sums, 180, True
+            grad, x, mean, inverse_std, weight, bias, y, True, *sums, 180
         ),
         ("grad", "x", "y"),
         sums=True,
-        keywords={"count": 180, "residual": True},
+        keywords={"count": 180},
     ),
     "batch_norm_apply_gradient_odd_channels": _batch_norm(
         "batch_norm_apply_gradient",
         lambda grad, x, *vectors: batch_norm.batch_norm_apply_gradient_reference(
-            grad, x, *vectors, None, True, None, None, 0, True
+            grad, x, *vectors, None, True, None, None, 0
         ),
         ("grad", "x"),
         13,
-        keywords={"residual": True},
     ),
     "batch_norm_relu": Case(
         "batch_norm_relu",

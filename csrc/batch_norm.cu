@@ -165,9 +165,10 @@ void batch_norm_apply_out(const Tensor& x, const Tensor& mean, const Tensor& inv
   apply(x, mean, inverse_std, weight, bias, residual, relu, out);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_reduce_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                                      const Tensor& inverse_std, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, const OptionalTensor& y, bool relu) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_reduce_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                                              const Tensor& inverse_std, const OptionalTensor& weight,
+                                                              const OptionalTensor& bias, const OptionalTensor& y,
+                                                              bool relu, bool residual) {
   constexpr const char* kName = "batch_norm_reduce_gradient";
   check_affine(kName, x, mean, inverse_std, weight, bias);
   check_map(kName, "grad", grad, x);
@@ -182,21 +183,22 @@ std::tuple<Tensor, Tensor> batch_norm_reduce_gradient(const Tensor& grad, const 
   operands.plan_reduction(x);
   Tensor sum_grad = empty_floats(x, {mean.size(0), x.size(1)}),
          sum_grad_normalized = empty_floats(x, {mean.size(0), x.size(1)});
-  if (x.size(1) == 0) return {sum_grad, sum_grad_normalized};
+  const Tensor grad_residual = residual ? empty_like_channels_last(x)
+                                        : torch::stable::empty(Sizes{0}, x.scalar_type(), std::nullopt, x.device());
+  if (residual) operands.p.grad_residual = Operands::write(grad_residual);
+  if (x.size(1) == 0) return {sum_grad, sum_grad_normalized, grad_residual};
   with_element(x, [&](auto element) {
     launch_batch_norm_reduce_gradient<decltype(element)>(operands.p, sum_grad.mutable_data_ptr<float>(),
                                                          sum_grad_normalized.mutable_data_ptr<float>(),
                                                          current_stream(x));
   });
-  return {sum_grad, sum_grad_normalized};
+  return {sum_grad, sum_grad_normalized, grad_residual};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_apply_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                                     const Tensor& inverse_std, const OptionalTensor& weight,
-                                                     const OptionalTensor& bias, const OptionalTensor& y, bool relu,
-                                                     const OptionalTensor& sum_grad,
-                                                     const OptionalTensor& sum_grad_normalized, double count,
-                                                     bool residual) {
+Tensor batch_norm_apply_gradient(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inverse_std,
+                                 const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& y,
+                                 bool relu, const OptionalTensor& sum_grad, const OptionalTensor& sum_grad_normalized,
+                                 double count) {
   constexpr const char* kName = "batch_norm_apply_gradient";
   check_affine(kName, x, mean, inverse_std, weight, bias);
   check_map(kName, "grad", grad, x);
@@ -210,16 +212,13 @@ std::tuple<Tensor, Tensor> batch_norm_apply_gradient(const Tensor& grad, const T
   }
   const DeviceGuard guard(x.get_device_index());
   const Tensor grad_x = empty_like_channels_last(x);
-  const Tensor grad_residual = residual ? empty_like_channels_last(x)
-                                        : torch::stable::empty(Sizes{0}, x.scalar_type(), std::nullopt, x.device());
-  if (x.numel() == 0) return {grad_x, grad_residual};
+  if (x.numel() == 0) return grad_x;
   Operands operands(kName, x, mean.size(0));
   // Of x nothing is needed where neither the statistics nor the ReLU depend on it.
   if (sum_grad || (relu && !y)) operands.p.x = operands.read(x);
   operands.p.grad = operands.read(grad);
   if (relu) operands.p.y = operands.read(y);
   operands.p.grad_x = Operands::write(grad_x);
-  if (residual) operands.p.grad_residual = Operands::write(grad_residual);
   operands.read_affine(mean, inverse_std, weight, bias);
   operands.p.sum_grad = operands.read_vector(sum_grad);
   operands.p.sum_grad_normalized = operands.read_vector(sum_grad_normalized);
@@ -228,7 +227,7 @@ std::tuple<Tensor, Tensor> batch_norm_apply_gradient(const Tensor& grad, const T
   operands.plan(x);
   with_element(
       x, [&](auto element) { launch_batch_norm_apply_gradient<decltype(element)>(operands.p, current_stream(x)); });
-  return {grad_x, grad_residual};
+  return grad_x;
 }
 
 }  // namespace

@@ -13,8 +13,8 @@
 //   pass             maps                               floor      moved
 //   statistics       x                                  1.423 GB   1.484 GB (+4.3 %)
 //   apply            x, residual; y                     3.552 GB   3.552 GB
-//   reduce gradient  grad, x, y after an addition       3.552 GB   3.613 GB (+1.7 %)
-//   apply gradient   the same; grad_x, grad_residual    5.681 GB   5.681 GB
+//   reduce gradient  grad, x; grad_residual, y          4.258 GB   4.319 GB (+1.4 %)
+//   apply gradient   grad or grad_residual, x; grad_x   4.269 GB   4.269 GB
 #pragma once
 
 #include "batch_norm_tile.cuh"

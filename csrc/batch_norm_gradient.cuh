@@ -34,7 +34,7 @@ struct BatchNormGradientChunks {
   }
 };
 
-// Of each channel of a block's rows {sum of g, sum of g * (x - mean)}.
+// Of each channel of a block's rows {sum of g, sum of g * (x - mean)}; and g itself if it is the residual's gradient.
 template <typename Element, bool kVector>
 __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_reduce_gradient_kernel(const BatchNormParameters p) {
   using Tile = BatchNormTile<Element, kVector>;
@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_reduce_gradient_
     const BatchNormAffine<Tile::kChunk> affine(p, at.group, at.channel);
     for_each_row<2>(
         p, at, [&](int pixel) { return Chunks::load(p, pixel, at.channel); },
-        [&](const Chunks& chunks, int) {
+        [&](const Chunks& chunks, int pixel) {
           float g[Tile::kChunk], centered[Tile::kChunk];
           chunks.convert(p, affine, g, centered);
+          if (p.grad_residual.data) store_pixel<Tile>(p.grad_residual, pixel, at.channel, g);
 #pragma unroll
           for (int i = 0; i < Tile::kChunk; ++i) {
             sums[i].x += g[i];
@@ -90,11 +91,11 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_gradient_k
           grad_x[i] *= affine.scale[i];
         }
         store_pixel<Tile>(p.grad_x, pixel, at.channel, grad_x);
-        if (p.grad_residual.data) store_pixel<Tile>(p.grad_residual, pixel, at.channel, g);
       });
 }
 
-// From grad, x and perhaps y to the sums of g and of g * (x - mean) * inverse_std, (groups, channels). p is planned.
+// From grad, x and perhaps y to the sums of g and of g * (x - mean) * inverse_std, (groups, channels), and perhaps
+// grad_residual. p is planned.
 template <typename Element>
 void launch_batch_norm_reduce_gradient(const BatchNormParameters& p, float* sum_grad, float* sum_grad_normalized,
                                        cudaStream_t stream) {
@@ -103,7 +104,7 @@ void launch_batch_norm_reduce_gradient(const BatchNormParameters& p, float* sum_
   launch_batch_norm_merge<MergeSums>(merge_parameters(p), {sum_grad, sum_grad_normalized, p.inverse_std}, stream);
 }
 
-// From grad, perhaps x and perhaps y to grad_x and perhaps grad_residual. p is planned.
+// From grad, perhaps x and perhaps y to grad_x. p is planned.
 template <typename Element>
 void launch_batch_norm_apply_gradient(const BatchNormParameters& p, cudaStream_t stream) {
   launch_batch_norm<Element>(p, batch_norm_apply_gradient_kernel<Element, true>,

@@ -20,10 +20,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 lib.define("batch_norm_statistics(Tensor x, int splits, float eps) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 lib.define(f"batch_norm_apply(Tensor x, {_AFFINE}, Tensor? residual, bool relu) -> Tensor", tags=_TAGS)
 lib.define(f"batch_norm_apply.out(Tensor x, {_AFFINE}, Tensor? residual, bool relu, Tensor(a!) out) -> ()", tags=_TAGS)
-lib.define(f"batch_norm_reduce_gradient({_GRADIENT}) -> (Tensor, Tensor)", tags=_TAGS)
+lib.define(f"batch_norm_reduce_gradient({_GRADIENT}, bool residual) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 lib.define(
-    f"batch_norm_apply_gradient({_GRADIENT}, Tensor? sum_grad, Tensor? sum_grad_normalized, float count,"
-    " bool residual) -> (Tensor, Tensor)",
+    f"batch_norm_apply_gradient({_GRADIENT}, Tensor? sum_grad, Tensor? sum_grad_normalized, float count) -> Tensor",
     tags=_TAGS,
 )
 
@@ -94,23 +93,30 @@ def batch_norm_reduce_gradient(
     y: Tensor | None = None,
     *,
     relu: bool = True,
-) -> tuple[Tensor, Tensor]:
+    residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sums of g and of g * (x - mean) * inverse_std over each group, g being ``grad`` where the ReLU let pass.
+
+    And g itself, which is the residual's gradient: the next pass need not look at the ReLU again.
 
     Args:
         grad (Tensor[N, C, T, H, W]): of the result of :func:`batch_norm_apply`; dtype of ``x``.
         x, mean, inverse_std, weight, bias, relu: as given to it.
         y (Tensor[N, C, T, H, W]): its result. None: the sign is computed again from ``x``, which is right where there
             was no residual.
+        residual: whether g is wanted.
 
     Returns:
         Two Tensor[splits, C] in float32 (float64 if ``x`` is); added up over the groups they are the gradients of bias
-        and weight.
+        and weight. And g (Tensor[N, C, T, H, W], dtype of ``x``, channels_last_3d) or None.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
-    return torch.ops.slowfast_ext.batch_norm_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu)
+    sum_grad, sum_grad_normalized, grad_residual = torch.ops.slowfast_ext.batch_norm_reduce_gradient(
+        grad, x, mean, inverse_std, weight, bias, y, relu, residual
+    )
+    return sum_grad, sum_grad_normalized, grad_residual if residual else None
 
 
 def batch_norm_apply_gradient(
@@ -126,29 +132,27 @@ def batch_norm_apply_gradient(
     sum_grad: Tensor | None = None,
     sum_grad_normalized: Tensor | None = None,
     count: float = 0.0,
-    residual: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of ``x``, and of the residual, in one pass.
+) -> Tensor:
+    """The gradient of ``x``, in one pass.
 
     ``weight * inverse_std * (g - sum_grad / count - xhat * sum_grad_normalized / count)``, with xhat the normalised
-    ``x`` and g as in :func:`batch_norm_reduce_gradient`, which takes the same first arguments.
+    ``x`` and g as in :func:`batch_norm_reduce_gradient`, which takes the same first arguments. Where that has returned
+    g, this may take it for ``grad``, without ``y`` and ``relu``.
 
     Args:
         sum_grad, sum_grad_normalized (Tensor[splits, C]): its results, added up over all processes whose batches
             count as one; both None where the statistics are constants.
         count: elements of a channel that each of the sums is of; must be positive, is ignored without sums.
-        residual: whether the residual's gradient, which is g, is wanted too.
 
     Returns:
-        (Tensor[N, C, T, H, W], Tensor[N, C, T, H, W] or None): dtype of ``x``, channels_last_3d.
+        Tensor[N, C, T, H, W]: dtype of ``x``, channels_last_3d.
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device.
     """
-    grad_x, grad_residual = torch.ops.slowfast_ext.batch_norm_apply_gradient(
-        grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
+    return torch.ops.slowfast_ext.batch_norm_apply_gradient(
+        grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count
     )
-    return grad_x, grad_residual if residual else None
 
 
 def _check_map(operator: str, name: str, tensor: Tensor, x: Tensor) -> None:
@@ -248,29 +252,31 @@ def _passed(grad, normalized, weight, bias, y, relu) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, _affine(normalized, weight, bias) if y is None else y.to(grad), 0)
 
 
-def batch_norm_reduce_gradient_reference(grad, x, mean, inverse_std, weight, bias, y, relu) -> tuple[Tensor, Tensor]:
+def batch_norm_reduce_gradient_reference(
+    grad, x, mean, inverse_std, weight, bias, y, relu, residual
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
     _check_affine("batch_norm_reduce_gradient", x, mean, inverse_std, weight, bias, grad=grad, y=y)
     normalized = _normalized(x, mean, inverse_std)
-    passed = _groups(_passed(grad, normalized, weight, bias, y, relu), mean.shape[0])
-    return passed.sum((0, 3, 4, 5)), (passed * normalized).sum((0, 3, 4, 5))
+    passed = _passed(grad, normalized, weight, bias, y, relu)
+    grad_residual = _channels_last(passed.to(x.dtype, copy=True)) if residual else x.new_empty(0)
+    passed = _groups(passed, mean.shape[0])
+    return passed.sum((0, 3, 4, 5)), (passed * normalized).sum((0, 3, 4, 5)), grad_residual
 
 
 def batch_norm_apply_gradient_reference(
-    grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
-) -> tuple[Tensor, Tensor]:
+    grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count
+) -> Tensor:
     """The operator in plain PyTorch; runs where there is no kernel. Arguments as in the schema."""
     operator = "batch_norm_apply_gradient"
     _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
     _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
     normalized = _normalized(x, mean, inverse_std)
-    passed = _passed(grad, normalized, weight, bias, y, relu)
-    grad_x = _groups(passed, mean.shape[0])
+    grad_x = _groups(_passed(grad, normalized, weight, bias, y, relu), mean.shape[0])
     if sum_grad is not None and x.numel() > 0:
         grad_x = grad_x - _of_groups(sum_grad / count) - normalized * _of_groups(sum_grad_normalized / count)
     grad_x = _affine(grad_x * _of_groups(inverse_std), weight, None)
-    grad_residual = _channels_last(passed.to(x.dtype)) if residual else x.new_empty(0)
-    return _channels_last(grad_x.to(x.dtype)), grad_residual
+    return _channels_last(grad_x.to(x.dtype))
 
 
 def _apply_cpu(x, mean, inverse_std, weight, bias, residual, relu) -> Tensor:
@@ -320,17 +326,15 @@ def _fake_apply_into(x, mean, inverse_std, weight, bias, residual, relu, out):
 
 
 @torch.library.register_fake("slowfast_ext::batch_norm_reduce_gradient", lib=lib)
-def _fake_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu):
+def _fake_reduce_gradient(grad, x, mean, inverse_std, weight, bias, y, relu, residual):
     _check_affine("batch_norm_reduce_gradient", x, mean, inverse_std, weight, bias, grad=grad, y=y)
-    return torch.empty_like(mean), torch.empty_like(mean)
+    grad_residual = torch.empty_like(x, memory_format=torch.channels_last_3d) if residual else x.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(mean), grad_residual
 
 
 @torch.library.register_fake("slowfast_ext::batch_norm_apply_gradient", lib=lib)
-def _fake_apply_gradient(
-    grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count, residual
-):
+def _fake_apply_gradient(grad, x, mean, inverse_std, weight, bias, y, relu, sum_grad, sum_grad_normalized, count):
     operator = "batch_norm_apply_gradient"
     _check_affine(operator, x, mean, inverse_std, weight, bias, grad=grad, y=y)
     _check_sums(operator, x, mean, sum_grad, sum_grad_normalized, count)
-    like_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
-    return like_x, torch.empty_like(like_x) if residual else x.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.channels_last_3d)

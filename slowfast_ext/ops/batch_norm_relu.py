@@ -204,7 +204,7 @@ def batch_norm_backward(
         arguments = (grad, x, weight, None, None, mean[0], inverse_std[0], True, settings.eps, [True, True, True])
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(*arguments)
         return grad_x, grad if residual else None, grad_weight, grad_bias
-    sums = batch_norm_reduce_gradient(grad, x, *affine, y, relu=relu)
+    *sums, passed = batch_norm_reduce_gradient(grad, x, *affine, y, relu=relu, residual=residual and relu)
     grad_bias, grad_weight = (total[0] if settings.splits == 1 else total.sum(0) for total in sums)
     constants = {}
     if settings.batch:
@@ -213,9 +213,10 @@ def batch_norm_backward(
             dist.all_reduce(both, group=settings.group)
             sums, count = both.div_(count).unbind(), 1.0  # the operator takes no tensor for a count
         constants = {"sum_grad": sums[0], "sum_grad_normalized": sums[1], "count": count}
-    separate = residual and relu  # else the residual's gradient is the very one that came
-    grad_x, grad_residual = batch_norm_apply_gradient(grad, x, *affine, y, relu=relu, residual=separate, **constants)
-    return grad_x, grad if residual and not relu else grad_residual, grad_weight, grad_bias
+    if passed is not None:
+        grad, y, relu = passed, None, False
+    grad_x = batch_norm_apply_gradient(grad, x, *affine, y, relu=relu, **constants)
+    return grad_x, grad if residual else None, grad_weight, grad_bias
 
 
 @torch.no_grad()

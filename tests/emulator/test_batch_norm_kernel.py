@@ -76,10 +76,11 @@ def test_the_sign_computed_again_is_that_of_the_result(kernel):
     weight = random.standard_normal(64, np.float32)
     bias = -(x[0, :, 0, 0, 0] - mean[0]) * (inverse_std[0] * weight)
     x[:] = x[:, :, :1, :1, :1] * (1 + random.integers(-1, 2, shape) * np.float32(2.0**-23))
-    y, grad, grad_x, grad_residual = (np.ones((1, 1, 9, 7, 64), np.float32).transpose(0, 4, 1, 2, 3) for _ in range(4))
-    vectors = (mean, inverse_std, weight, bias, *[None] * 5, 1.0, EPS)
-    kernel.batch_norm("apply", "float32", 1, 0, True, x, None, y, None, None, None, *vectors)
-    kernel.batch_norm("apply_gradient", "float32", 1, 0, True, x, None, None, grad, grad_x, grad_residual, *vectors)
+    y, grad, grad_residual = (np.ones((1, 1, 9, 7, 64), np.float32).transpose(0, 4, 1, 2, 3) for _ in range(3))
+    vectors, sums = (mean, inverse_std, weight, bias, None, None), np.empty((2, 1, 64), np.float32)
+    kernel.batch_norm("apply", "float32", 1, 0, True, x, None, y, *[None] * 3, *vectors, *[None] * 3, 1.0, EPS)
+    maps = (x, None, None, grad, None, grad_residual)
+    kernel.batch_norm("reduce_gradient", "float32", 1, 0, True, *maps, *vectors, *sums, None, 1.0, EPS)
     assert 0.2 < (y > 0).mean() < 0.8
     assert ((y > 0) == (grad_residual > 0)).all()
 

@@ -111,11 +111,16 @@ def fused(inputs, case):
     y = torch.empty_like(inputs.x)
     ops.batch_norm_apply(inputs.x, *affine, inputs.residual, relu=case.relu, out=y)
     gradient = (inputs.grad, inputs.x, *affine, y if case.keeps_y else None)
-    grad_bias, grad_weight = ops.batch_norm_reduce_gradient(*gradient, relu=case.relu)
+    grad_bias, grad_weight, grad_residual = ops.batch_norm_reduce_gradient(
+        *gradient, relu=case.relu, residual=case.residual
+    )
     sums = {}
     if not case.frozen:
         sums = {"sum_grad": grad_bias, "sum_grad_normalized": grad_weight, "count": case.terms}
-    grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, relu=case.relu, **sums, residual=case.residual)
+    grad_x = ops.batch_norm_apply_gradient(*gradient, relu=case.relu, **sums)
+    if case.residual:  # either way gives the same
+        passed = (grad_residual, inputs.x, *affine)
+        assert torch.equal(ops.batch_norm_apply_gradient(*passed, relu=False, **sums), grad_x)
     vectors = (grad_weight.sum(0), grad_bias.sum(0)) if case.affine else (None, None)
     return Outputs(y, grad_x, grad_residual, *vectors)
 
@@ -247,8 +252,8 @@ def assert_same_results(maps, vectors, other_maps, other_vectors):
         return [
             *ops.batch_norm_statistics(maps["x"], case.splits),
             ops.batch_norm_apply(maps["x"], **vectors, residual=maps["residual"]),
-            *ops.batch_norm_reduce_gradient(**gradient),
-            *ops.batch_norm_apply_gradient(**gradient, **sums, residual=True),
+            *ops.batch_norm_reduce_gradient(**gradient, residual=True),
+            ops.batch_norm_apply_gradient(**gradient, **sums),
         ]
 
     for found, expected in zip(run(maps, vectors), run(other_maps, other_vectors), strict=True):
@@ -306,11 +311,12 @@ def test_nothing_has_zero_mean_variance_and_sums(shape, device):
     affine = (inputs.mean, inputs.variance, inputs.weight, inputs.bias)
     assert ops.batch_norm_apply(inputs.x, *affine, inputs.residual).shape == shape
     gradient = (inputs.grad, inputs.x, *affine)
-    assert_close(ops.batch_norm_reduce_gradient(*gradient), (zeros, zeros))
+    *totals, grad_residual = ops.batch_norm_reduce_gradient(*gradient, residual=True)
+    assert_close(totals, [zeros, zeros])
+    assert grad_residual.shape == shape
     sums = {"sum_grad": zeros, "sum_grad_normalized": zeros, "count": 0}
     for given in ({}, sums):
-        grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, **given, residual=True)
-        assert grad_x.shape == grad_residual.shape == shape
+        assert ops.batch_norm_apply_gradient(*gradient, **given).shape == shape
 
 
 @pytest.mark.parametrize("keeps_y", [False, True])
@@ -323,10 +329,9 @@ def test_nan_goes_where_it_goes_in_pytorch(keeps_y, device):
     y = ops.batch_norm_apply(inputs.x, *affine, inputs.residual)
     assert y.isnan().nonzero().tolist() == [[0, 4, 1, 2, 2], [1, 2, 0, 1, 1]]
     gradient = (torch.ones_like(inputs.x), inputs.x, *affine, y if keeps_y else None)
-    grad_x, grad_residual = ops.batch_norm_apply_gradient(*gradient, residual=True)
-    assert not grad_x.isnan().any()  # of constants; the gradient passes where not y <= 0
-    assert grad_residual[1, 2, 0, 1, 1] == 1
-    grad_bias, grad_weight = ops.batch_norm_reduce_gradient(*gradient)
+    assert not ops.batch_norm_apply_gradient(*gradient).isnan().any()  # of constants
+    grad_bias, grad_weight, grad_residual = ops.batch_norm_reduce_gradient(*gradient, residual=True)
+    assert grad_residual[1, 2, 0, 1, 1] == 1  # the gradient passes where not y <= 0
     assert not grad_bias.isnan().any()
     assert grad_weight.isnan().nonzero().tolist() == [[0, 2]]
 
@@ -339,9 +344,10 @@ def test_the_sign_is_computed_again_as_it_was(device):
     affine = (inputs.mean, inputs.variance, inputs.weight, inputs.bias)
     y = ops.batch_norm_apply(inputs.x, *affine)
     assert (y[2, :, :, 1:3] == 0).all()
-    _, again = ops.batch_norm_apply_gradient(inputs.grad, inputs.x, *affine, residual=True)
-    _, kept = ops.batch_norm_apply_gradient(inputs.grad, inputs.x, *affine, y, residual=True)
+    *_, again = ops.batch_norm_reduce_gradient(inputs.grad, inputs.x, *affine, residual=True)
+    *_, kept = ops.batch_norm_reduce_gradient(inputs.grad, inputs.x, *affine, y, residual=True)
     assert torch.equal(again, kept)
+    assert again.count_nonzero() < inputs.grad.count_nonzero()
 
 
 def test_opcheck(device):
@@ -353,10 +359,11 @@ def test_opcheck(device):
     check(OPERATORS.batch_norm_apply.default, (inputs.x, *affine, inputs.residual, True))
     check(OPERATORS.batch_norm_apply.out, (inputs.x, *affine, None, True, torch.empty_like(inputs.x)))
     gradient = (inputs.grad, inputs.x, *affine)
-    check(OPERATORS.batch_norm_reduce_gradient.default, (*gradient, inputs.residual, True))
+    check(OPERATORS.batch_norm_reduce_gradient.default, (*gradient, None, True, False))
+    check(OPERATORS.batch_norm_reduce_gradient.default, (*gradient, inputs.residual, True, True))
     sums = (inputs.mean, inputs.variance, 70.0)
-    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, None, True, *sums, False))
-    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, inputs.residual, True, None, None, 0.0, True))
+    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, None, True, *sums))
+    check(OPERATORS.batch_norm_apply_gradient.default, (*gradient, inputs.residual, True, None, None, 0.0))
 
 
 MAP, GROUPS, CHANNELS = torch.zeros(2, 8, 2, 5, 5), torch.zeros(2, 8), torch.zeros(8)
