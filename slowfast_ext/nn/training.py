@@ -264,21 +264,23 @@ class _Gradients:
                 grad_residual = of_residual
             del y, known, of_residual
             below = needs_x or any(self.needs[: index * Step.TENSORS])
-            grad = self._convolution(index, grad, z, below)
-            if index > 0 and below:
-                after, z = z, self._input(index - 1, x)
-            elif index > 0:
+            ends = index == 0 or not below
+            onto = self._shortcut(grad_residual, x, needs_x) if ends and structure.residual else None
+            grad = self._convolution(index, grad, z, below, onto)
+            if ends:
                 break
-        if structure.shortcut is not None:
-            index = last + 1
-            y = self.convolved[index]
-            y = self.layers[index].convolve(x) if y is None else y
-            relu = self.layers[index].step.relu
-            grad_residual, _ = self._normalization(index, grad_residual, y, None, relu, False)
-            grad_residual = self._convolution(index, grad_residual, x, needs_x)
-        if grad_residual is not None and needs_x:
-            grad = grad.add_(grad_residual)
+            after, z = z, self._input(index - 1, x)
         return grad
+
+    def _shortcut(self, grad: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
+        """The gradient of x by way of the shortcut, if needed."""
+        if self.structure.shortcut is None:
+            return grad
+        index = len(self.structure.branch)
+        y = self.convolved[index]
+        y = self.layers[index].convolve(x) if y is None else y
+        grad, _ = self._normalization(index, grad, y, None, self.layers[index].step.relu, False)
+        return self._convolution(index, grad, x, needs_x)
 
     def lateral(self, grad: Tensor, fast: Tensor, needs_fast: bool) -> Tensor | None:
         index = len(self.layers) - 1
@@ -314,12 +316,15 @@ class _Gradients:
         self._keep(index, 3, grad_bias)
         return grad, grad_residual
 
-    def _convolution(self, index: int, grad: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
+    def _convolution(
+        self, index: int, grad: Tensor, x: Tensor, needs_x: bool, onto: Tensor | None = None
+    ) -> Tensor | None:
+        """The gradient of x, if needed, and ``onto``, if given, added up."""
         first = index * Step.TENSORS
         wanted = (needs_x, self.needs[first], self.needs[first + 1])
         if not any(wanted):
             return None
-        grad_x, grad_weight, grad_bias = self.layers[index].gradients(grad, x, wanted)
+        grad_x, grad_weight, grad_bias = self.layers[index].gradients(grad, x, wanted, onto)
         self._keep(index, 0, grad_weight)
         self._keep(index, 1, grad_bias)
         return grad_x

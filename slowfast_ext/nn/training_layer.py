@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.batch_norm_relu import BatchNormForward, BatchNormSettings, batch_norm_forward, in_dtype_of_sums
 from ..ops.common import allows_tf32
+from ..ops.paper_times import paper_reason_against
 
 
 class Step(NamedTuple):
@@ -91,19 +92,49 @@ class Layer:
     def normalize_again(self, y: Tensor, moments: Moments) -> Tensor:
         return ops.batch_norm_apply(y, moments.mean, moments.inverse_std, *self.affine, relu=self.step.relu)
 
-    def gradients(self, grad: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Of x, weight and bias of the convolution."""
+    def gradients(
+        self, grad: Tensor, x: Tensor, needs: Sequence[bool], onto: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Of x, weight and bias of the convolution; ``onto``, which may be overwritten, is added to the first."""
+        if onto is None or not needs[0]:
+            return self._gradients(grad, x, needs)
+        if self._adds_gradient(grad, x):
+            grad_x = self._turned_convolution(grad, onto)
+            needs = (False, *needs[1:])
+            return (grad_x, *self._gradients(grad, x, needs)[1:]) if any(needs) else (grad_x, None, None)
+        grad_x, *others = self._gradients(grad, x, needs)
+        return grad_x.add_(onto), *others
+
+    def _adds_gradient(self, grad: Tensor, x: Tensor) -> bool:
+        """Whether the gradient of x is computed and added in one pass."""
+        kernel, padding = self.weight.shape[2:], self.step.padding
+        if self.on_cpu or tuple(self.step.stride) != (1, 1, 1):
+            return False
+        if any(pad >= size for pad, size in zip(padding, kernel, strict=True)):
+            return False
+        geometry = (tuple(grad.shape), (x.shape[1], grad.shape[1], *kernel), self._turned_padding())
+        return _addition_reason(*geometry, grad.dtype, allows_tf32(grad), grad.device) is None
+
+    def _turned_padding(self) -> tuple[int, ...]:
+        return tuple(size - 1 - pad for size, pad in zip(self.weight.shape[2:], self.step.padding, strict=True))
+
+    def _turned_convolution(self, grad: Tensor, onto: Tensor) -> Tensor:
+        """``onto`` and the gradient of the input, which is a convolution with the weight turned round, in one pass."""
+        weight = self.weight.transpose(0, 1).flip(2, 3, 4).contiguous(memory_format=torch.channels_last_3d)
+        return ops.conv3d_bn_relu(grad, weight, None, onto, padding=self._turned_padding(), relu=False)
+
+    def _gradients(self, grad: Tensor, x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         weight, stride, padding = self.weight, list(self.step.stride), list(self.step.padding)
         frames, padded = x.shape[2], padding[0]
         if self.on_cpu and padded and 1 < frames < weight.shape[2] and x.element_size() == 2:
             # oneDNN's gradient of the weight reads memory that nobody wrote where the kernel is longer than the clip.
             x = F.pad(x, (0, 0, 0, 0, padded, padded)).contiguous(memory_format=torch.channels_last_3d)
-            grad_x, *others = self._gradients(grad, x, stride, [0, *padding[1:]], needs)
+            grad_x, *others = self._backward(grad, x, stride, [0, *padding[1:]], needs)
             grad_x = grad_x[:, :, padded:-padded] if needs[0] else None
             return grad_x, *others
-        return self._gradients(grad, x, stride, padding, needs)
+        return self._backward(grad, x, stride, padding, needs)
 
-    def _gradients(self, grad, x, stride, padding, needs) -> tuple[Tensor | None, ...]:
+    def _backward(self, grad, x, stride, padding, needs) -> tuple[Tensor | None, ...]:
         weight = self.weight
         biases = None if self.bias is None else [weight.shape[0]]
         if self.on_cpu and _is_flat(weight, stride, padding):
@@ -119,6 +150,17 @@ class Layer:
             return grad_x, grad_weight.view_as(weight) if needs[1] else None, grad_bias
         geometry = (stride, padding, [1, 1, 1], False, [0, 0, 0], 1)
         return torch.ops.aten.convolution_backward(grad, x, weight, biases, *geometry, list(needs))
+
+
+@torch.compiler.assume_constant_result
+def _addition_reason(*arguments) -> str | None:
+    return _cached_addition_reason(*arguments)
+
+
+@functools.cache
+def _cached_addition_reason(grad, weight, padding, dtype, allow_tf32, device) -> str | None:
+    # cuDNN writes its result; the addition reads that, reads the other and writes the sum.
+    return paper_reason_against(grad, weight, (1, 1, 1), padding, dtype, allow_tf32, device, maps=1, library_maps=3)
 
 
 @torch.compiler.assume_constant_result

@@ -83,9 +83,12 @@ def test_a_step_of_training_is_the_plain_blocks(case, layout):
 
 
 @blocks
-def test_what_a_gpu_runs_gives_the_same_in_plain_pytorch(case, monkeypatch):
+@pytest.mark.parametrize("adds", [False, True], ids=["", "adds in a convolution"])
+def test_what_a_gpu_runs_gives_the_same_in_plain_pytorch(case, adds, monkeypatch):
     """The passes of batch norm one by one, cuDNN's call for the convolutions, signs computed again."""
     monkeypatch.setattr(training_layer, "_on_cpu", lambda tensor: False)
+    if adds:
+        monkeypatch.setattr(training_layer, "_addition_reason", lambda *geometry: None)
     batch_norm_relu = importlib.import_module("slowfast_ext.ops.batch_norm_relu")
     monkeypatch.setattr(batch_norm_relu, "_torch_serves", lambda x, splits: False)
     plain, twin = _pair(case)
@@ -94,6 +97,38 @@ def test_what_a_gpu_runs_gives_the_same_in_plain_pytorch(case, monkeypatch):
     results = _run(twin, mine), _run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "stride", "in_one_pass"),
+    [
+        ((1, 1, 1), (0, 0, 0), (1, 1, 1), True),
+        ((3, 1, 1), (1, 0, 0), (1, 1, 1), True),
+        ((3, 3, 2), (0, 2, 1), (1, 1, 1), True),
+        ((1, 3, 3), (0, 1, 1), (1, 2, 2), False),
+        ((3, 1, 1), (3, 0, 0), (1, 1, 1), False),  # part of the result is of padding alone
+    ],
+    ids=str,
+)
+def test_the_gradient_of_the_input_is_added_to_another(kernel, padding, stride, in_one_pass, monkeypatch):
+    monkeypatch.setattr(training_layer, "_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(training_layer, "_addition_reason", lambda *geometry: None)
+    conv = nn.Conv3d(6, 4, kernel, stride, padding, dtype=torch.float64)
+    x = torch.randn(2, 6, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    y = conv(x)
+    grad, onto = torch.randn_like(y), torch.randn_like(x)
+    expected = torch.autograd.grad(y, (x, conv.weight, conv.bias), grad)
+    layer = training_layer.Layer(
+        Step(stride, padding, None, False), (conv.weight, conv.bias, *[None] * 4), torch.float64
+    )
+    with torch.no_grad():
+        assert layer._adds_gradient(grad, x) == in_one_pass
+        for needs in ([True] * 3, [True, False, False], [False, True, True]):
+            found = layer.gradients(grad, x, needs, onto.clone())
+            for actual, wanted, needed, added in zip(found, expected, needs, (onto, 0, 0), strict=True):
+                assert (actual is not None) == needed
+                if needed:
+                    assert_close(actual, wanted + added)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

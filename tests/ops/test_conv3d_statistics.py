@@ -206,7 +206,7 @@ def test_the_same_bits_every_time_on_cuda():
 def pretend_there_is_a_gpu(monkeypatch, capability=(9, 0), multiprocessors=132):
     properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    module = importlib.import_module("slowfast_ext.ops.conv3d_statistics")
+    module = importlib.import_module("slowfast_ext.ops.paper_times")
     unavailable_reason = module.unavailable_reason
     monkeypatch.setattr(module, "unavailable_reason", lambda device: unavailable_reason(device) if device else None)
 
