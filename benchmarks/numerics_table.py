@@ -5,7 +5,7 @@ python benchmarks/numerics_table.py
 
 from __future__ import annotations
 
-from readme_table import newest
+from recorded import newest, short_name
 
 WAYS = {"eager": "eager", "eager_channels_last": "eager, channels_last_3d", "engine": "engine"}
 
@@ -21,7 +21,7 @@ def markdown(document: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
-        network = row["model"].removeprefix("slowfast_").removesuffix("_256e_kinetics400_rgb")
+        network = short_name(row["model"])
         lines.append(
             f"| {network} | {row['dtype']} | {WAYS[row['way']]} | {row['mean_error']:.2e} | {row['largest_error']:.2e} "
             f"| {row['top1_agreement']:.1%} | {row['top5_agreement']:.1%} |"

@@ -5,18 +5,7 @@ python benchmarks/readme_table.py
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def newest(benchmark: str, dtype: str | None = None) -> dict:
-    """The document that ``--json`` of this benchmark, with this type if it is given, wrote last."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("cpu-*.json")]
-    documents = [each for each in documents if each["benchmark"] == benchmark]
-    documents = [each for each in documents if dtype is None or each["workload"]["dtype"] == dtype]
-    return max(documents, key=lambda each: each["began"])
+from recorded import newest
 
 
 def markdown(document: dict) -> str:

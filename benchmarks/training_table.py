@@ -5,14 +5,17 @@ python benchmarks/training_table.py
 
 from __future__ import annotations
 
-from readme_table import newest
+from recorded import newest
 
 DTYPES = ("float32", "bfloat16")
 
 
-def steps() -> str:
-    """A row for each type and variant, below a line that names machine, versions and clips."""
-    documents = [newest("training", dtype) for dtype in DTYPES]
+def on_a_cpu(benchmark: str) -> list[dict]:
+    return [newest(benchmark, dtype) for dtype in DTYPES]
+
+
+def steps(documents: list[dict]) -> str:
+    """A row for each variant in each document of `training.py`, below a line that names machine, versions and clips."""
     environment, workload = documents[0]["environment"], documents[0]["workload"]
     lines = [
         f"{environment['machine']}, {environment['cores']} cores ({environment['instructions']}), torch "
@@ -34,9 +37,8 @@ def steps() -> str:
     return "\n".join(lines)
 
 
-def curves() -> str:
-    """A row for each type."""
-    documents = [newest("training_curves", dtype) for dtype in DTYPES]
+def curves(documents: list[dict]) -> str:
+    """A row for each document of `training_curves.py`, below a line that names versions."""
     lines = [
         f"{documents[0]['workload']['steps']} steps, torch {documents[0]['environment']['torch']}, commit "
         f"{documents[0]['environment']['commit']}:",
@@ -52,4 +54,4 @@ def curves() -> str:
 
 
 if __name__ == "__main__":
-    print(steps(), curves(), sep="\n\n")
+    print(steps(on_a_cpu("training")), curves(on_a_cpu("training_curves")), sep="\n\n")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numerics
 import numerics_table
-from readme_table import newest
+from recorded import newest
 
 PAGE = Path(numerics_table.__file__).parents[1] / "docs" / "numerics.md"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import training_table
 from kept import count_kept
-from readme_table import newest
+from recorded import newest
 
 import slowfast_ext
 
@@ -14,8 +14,8 @@ PAGE = Path(training_table.__file__).parents[1] / "docs" / "training.md"
 
 def test_the_page_has_the_tables_of_the_newest_results():
     text = PAGE.read_text(encoding="utf-8")
-    assert training_table.steps() in text
-    assert training_table.curves() in text
+    assert training_table.steps(training_table.on_a_cpu("training")) in text
+    assert training_table.curves(training_table.on_a_cpu("training_curves")) in text
 
 
 def test_fused_blocks_are_no_slower_and_keep_half_on_a_cpu():
