@@ -93,8 +93,6 @@ def check_options(options: argparse.Namespace) -> None:
         check_dtype(name, options.device)
     options.variants = choose_variants(options)
     check_folders(options, "json", "plot")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib, which is not installed: pip install 'slowfast-ext[plot]'")
 
 
 def check_workload(options: argparse.Namespace, seconds: dict[str, float]) -> None:
@@ -127,6 +125,13 @@ def check_folders(options: argparse.Namespace, *names: str) -> None:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"--{name} must be in an existing folder, got {path}")
+    if "plot" in names and options.plot is not None:
+        check_matplotlib("--plot")
+
+
+def check_matplotlib(option: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(f"{option} needs matplotlib, which is not installed: pip install 'slowfast-ext[plot]'")
 
 
 def check_device(name: str | None) -> torch.device:

@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py
     python benchmarks/layers.py --model slowfast_r50_8x8x1_256e_kinetics400_rgb --csv layers.csv
-    python benchmarks/layers.py --device cuda --layers 'fast_path.*' --json layers.json
+    python benchmarks/layers.py --device cuda --layers 'fast_path.*' --json layers.json --plot roofline.png
 
 For each layer its bytes, operations and floor, the longer of the two times that they take at the device's ceilings, and
 on a CPU or GPU the time it was measured to take in plain PyTorch, in cuDNN's fused convolutions and in slowfast_ext,
@@ -39,6 +39,7 @@ from roofline import (
     overlap_milliseconds,
     plans,
 )
+from roofline_picture import plot
 from torch import nn
 from tqdm import tqdm
 from variants import Outcome
@@ -85,6 +86,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each layer and block")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a roofline picture (needs matplotlib)")
     options = parser.parse_args(arguments)
     with refusing(parser):
         check_options(options)
@@ -98,8 +100,8 @@ def check_options(options: argparse.Namespace) -> None:
     options.device = torch.device("meta") if options.device == "meta" else check_device(options.device)
     options.timed = options.device.type != "meta"
     options.dtype = options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16")
-    if not options.timed and (options.rounds is not None or options.seconds is not None):
-        raise ValueError("--rounds and --seconds must be left out where nothing is timed (--device meta)")
+    if not options.timed and {options.rounds, options.seconds, options.plot} != {None}:
+        raise ValueError("--rounds, --seconds and --plot must be left out where nothing is timed (--device meta)")
     check_workload(options, SECONDS)
     if options.timed:
         check_dtype(options.dtype, options.device)
@@ -109,7 +111,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--bandwidth must be positive, got {options.bandwidth}")
     if options.peak is not None:
         options.peak = check_peaks(options.peak)
-    check_folders(options, "json", "csv")
+    check_folders(options, "json", "csv", "plot")
     options.work = find_work(options)
 
 
@@ -441,6 +443,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.json, document)
     if options.csv is not None:
         write_csv(options.csv, [flat_row(row, document) for row in document["rows"]])
+    if options.plot is not None:
+        plot(options.plot, document)
     states = {entry["status"] for row in document["rows"] for entry in row["measured"].values()}
     return int("wrong" in states or (options.timed and "timed" not in states))
 

@@ -67,8 +67,10 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Short hash of the checkout this file is in, with ``-dirty`` where tracked files were changed."""
-    return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
+    """Short hash of the checkout this file is in, with ``-dirty`` where tracked files were changed; of a copy without
+    its repository what the variable COMMIT says."""
+    described = _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
+    return described or os.environ.get("COMMIT")
 
 
 def _run(*command: str) -> str | None:
@@ -110,8 +112,12 @@ def _replaced(path: Path):
 
 
 def write_json(path: Path, document: dict) -> None:
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     with _replaced(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -120,6 +126,19 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def drawn(path: Path, height: float):
+    """Axes of a picture nine inches wide and as many inches high, which becomes a PNG when the block ends well."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure.subplots()
+    with _replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def plot_bars(
@@ -135,21 +154,14 @@ def plot_bars(
         bars: name, value, lower and upper end of the range.
         colour: of a bar's name, in matplotlib's terms.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, values, low, high = zip(*bars, strict=True)
-    figure = Figure(figsize=(9, 1.4 + 0.5 * len(bars)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     errors = [
         [value - end for value, end in zip(values, low, strict=True)],
         [end - value for value, end in zip(values, high, strict=True)],
     ]
-    container = axes.barh(names, values, xerr=errors, color=[colour(name) for name in names], capsize=3)
-    axes.bar_label(container, fmt="%.4g", padding=6)
-    axes.margins(x=0.15)
-    axes.invert_yaxis()
-    axes.set(title=title, xlabel=label)
-    with _replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    with drawn(path, 1.4 + 0.5 * len(bars)) as axes:
+        container = axes.barh(names, values, xerr=errors, color=[colour(name) for name in names], capsize=3)
+        axes.bar_label(container, fmt="%.4g", padding=6)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=label)

@@ -193,6 +193,7 @@ def test_patterns_choose_the_rows(options, names):
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "meta", "--rounds", "3"], "must be left out where nothing is timed"),
         (["--device", "meta", "--seconds", "3"], "must be left out where nothing is timed"),
+        (["--device", "meta", "--plot", "a.png"], "must be left out where nothing is timed"),
         (["--device", "cpu", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--device", "cpu", "--peak", "788"], "--peak and --bandwidth must be given together"),
         (["--device", "meta", "--peak", "788,fast"], "--peak must be positive numbers with commas between"),
