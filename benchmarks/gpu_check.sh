@@ -28,6 +28,7 @@ OUT_DIR gets STAGE.log, STAGE.json of the benchmarks, test.xml, environment.log 
 stages of an earlier run left there stays, unless they run again.
 
     WHEELS         folder with wheels of the requirements that are not installed
+    COMMIT         that the tree is of, if it was copied without its repository (git describe --always --dirty)
     STAGE_SECONDS  after which a stage is ended (default 520: below nine minutes)
 
 Exit status: 0 if all stages passed; 1 if one failed; 2 for bad arguments; 3 if none failed, but one could not run.
@@ -92,7 +93,7 @@ find_sanitizer() {
 
 describe_environment() {
   printf 'date      %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)"
-  printf 'commit    %s\n' "$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)"
+  printf 'commit    %s\n' "$(git describe --always --dirty --abbrev=40 2>/dev/null || printf '%s' "${COMMIT:-unknown}")"
   printf 'system    %s, %s cores\n' "$(uname -srm)" "$(nproc)"
   printf 'sanitizer %s\n' "${sanitizer:-not available}"
   python - <<'END' || true

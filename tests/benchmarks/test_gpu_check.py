@@ -259,6 +259,16 @@ def test_the_environment_comes_first(machine):
         assert f"\n{line}" in environment
 
 
+def test_a_copy_without_its_repository_is_told_its_commit(machine, monkeypatch):
+    copied = machine.folder / "copy" / "benchmarks" / SCRIPT.name
+    copied.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, copied)
+    monkeypatch.setitem(globals(), "SCRIPT", copied)
+    for commit, written in (({"COMMIT": "1fe27a1"}, "1fe27a1"), ({}, "unknown")):
+        machine.run(machine.out, "test", **commit)
+        assert f"\ncommit    {written}\n" in (machine.out / "environment.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
