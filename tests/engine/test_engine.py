@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_networks import lively_model, small_config
 from torch import nn
 
@@ -105,6 +106,24 @@ def test_the_fast_stem_is_closer_to_float64_than_eager(clips, fold):
         exact = copy.deepcopy(stem).double()(x.double())
         result = backend._stem(backend.network.fast.stem, x.shape, None, fold)(x)
         assert error(result, exact) < (0.7 if fold == 2 else 0.9) * error(stem(x), exact)
+
+
+@pytest.mark.parametrize("frames", [None, [1, 3, 4, 7]])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_the_fast_stem_in_bfloat16_is_rounded_once(clips, frames):
+    """However many frames are computed at once, two of them with those of the clip as channels."""
+    torch.manual_seed(0)
+    model = lively_model(small_config(fast=dataclasses.replace(fast_pathway(18), base_channels=8))).bfloat16()
+    stem, device = model.backbone.fast_path.conv1, torch.device("cpu")
+    backend = CpuBackend(read_network(model, torch.bfloat16, device), Tuner(device, "test", enabled=False))
+    fast = backend.network.fast.stem
+    x = torch.randn(clips, 3, 8, 37, 50).bfloat16()
+    shown = x if frames is None else x[:, :, frames]
+    with torch.inference_mode():
+        exact = F.conv3d(shown.double(), fast.weight.double(), fast.bias.double(), fast.stride, fast.padding)
+        exact = stem.maxpool(exact.relu())
+        for fold in (1, 2, 4):
+            assert error(backend._stem(fast, x.shape, frames, fold)(x), exact) < 2**-8
 
 
 @pytest.mark.parametrize("backend", ["onednn", "fused"])
