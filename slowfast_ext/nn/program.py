@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .conv import convolution_reason
 from .recording import has_twin, is_torchs, record
@@ -44,6 +45,36 @@ class Fused:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
 
+    @property
+    def used(self) -> set[int]:
+        """The positions of the values that go in."""
+        return {self.x, self.residual} - {-1}
+
+    def residual_of(self, values: Sequence) -> object:
+        return None if self.residual < 0 else values[self.residual]
+
+    def result_shape(self, conv: nn.Conv3d, x_shape: Sequence[int]) -> tuple[int, ...]:
+        """Of (N, C, T, H, W)."""
+        geometry = zip(x_shape[2:], self.padding, conv.kernel_size, self.stride, strict=True)
+        return (
+            x_shape[0],
+            conv.out_channels,
+            *((size + 2 * pad - kernel) // stride + 1 for size, pad, kernel, stride in geometry),
+        )
+
+    def plain(self, module: nn.Module, x: Tensor, residual: object) -> Tensor:
+        """The result, by the children of ``module`` themselves."""
+        y, bn = child(module, self.conv)(x), child(module, self.bn)
+        return self.finish(y if bn is None else bn(y), residual)
+
+    def finish(self, y: Tensor, residual: object) -> Tensor:
+        """The addition and the ReLU, if there are any, of what the batch norm gave."""
+        if self.in_place:
+            y += residual
+        elif self.residual >= 0:
+            y = residual + y if self.residual_first else y + residual
+        return y.relu() if self.relu else y
+
 
 @dataclass(frozen=True)
 class Value:
@@ -60,6 +91,11 @@ class Call:
     target: object
     args: tuple
     kwargs: dict
+
+    @property
+    def used(self) -> set[int]:
+        """The positions of the values that go in."""
+        return positions((self.args, self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -81,6 +117,10 @@ class Program:
     traced: tuple[str, ...]
     nested: tuple[str, ...]
     plain: dict[str, str]
+
+    @property
+    def fused(self) -> list[Fused]:
+        return [step for step, _, _ in self.steps if isinstance(step, Fused)]
 
 
 @dataclass
@@ -152,7 +192,7 @@ class _Chains:
         bn = self.module.get_submodule(chain.bn) if chain.bn else None
         if "weight" not in conv._parameters:
             return f"conv is a {type(conv).__name__}, whose weight is no parameter"
-        if not computes_conv3d(conv):
+        if not computes_conv3d(conv, training=False):
             return f"conv is a {type(conv).__name__}, which computes something else than Conv3d"
         return convolution_reason(conv, bn, type(conv)) or (NOTHING_FOLLOWS if len(chain.nodes) == 1 else None)
 
@@ -227,8 +267,21 @@ class _Chains:
         return fresh and len(changed.users) == 1
 
 
-def computes_conv3d(conv: nn.Conv3d) -> bool:
-    """Whether ``conv``, perhaps of a class derived from Conv3d, computes what Conv3d does; tried where in doubt."""
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """As :meth:`torch.nn.Module.get_submodule`, quickly; None for "" and where there is none."""
+    if not name:
+        return None
+    for part in name.split("."):
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module
+
+
+def computes_conv3d(conv: nn.Conv3d, training: bool) -> bool:
+    """Whether ``conv``, perhaps of a class derived from Conv3d, computes in this mode what Conv3d does; tried where in
+    doubt.
+    """
     kind = type(conv)
     if kind.__call__ is not nn.Module.__call__:
         return False
@@ -239,13 +292,17 @@ def computes_conv3d(conv: nn.Conv3d) -> bool:
         return False
     generator = torch.Generator(weight.device).manual_seed(0)
     shape = (2, conv.in_channels, *(int(step) + int(size) * int(gap) for step, size, gap in _geometry(conv)))
+    mode = conv.training
     try:
+        conv.training = training
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             x = torch.randn(shape, device=weight.device, generator=generator).to(weight.dtype)
             geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
             return torch.equal(kind.forward(conv, x), F.conv3d(x, weight, conv.bias, *geometry))
     except Exception:  # whatever a forward may do
         return False
+    finally:
+        conv.training = mode
 
 
 def _geometry(conv: nn.Conv3d):
@@ -283,14 +340,14 @@ def find_program(module: nn.Module) -> tuple[Program | None, dict[str, str]]:
 def _compile(found: _Chains, inner: set[str]) -> Program:
     starts = {node: chain for chain in found.chains for node in chain.nodes[:-1]}
     ends = {chain.nodes[-1]: chain for chain in found.chains}
-    positions: dict[fx.Node, int] = {}
+    places: dict[fx.Node, int] = {}
     inputs, steps, result = [], [], None
 
     def place(node):
-        return positions.setdefault(node, len(positions))
+        return places.setdefault(node, len(places))
 
     def values(argument):
-        return fx.node.map_arg(argument, lambda node: Value(positions[node]))
+        return fx.node.map_arg(argument, lambda node: Value(places[node]))
 
     for node in found.graph.nodes:
         if node.op == "placeholder":
@@ -306,23 +363,23 @@ def _compile(found: _Chains, inner: set[str]) -> Program:
                 conv_node.target,
                 chain.bn,
                 chain.relu_module,
-                positions[conv_node.args[0]],
-                -1 if chain.residual is None else positions[chain.residual],
+                places[conv_node.args[0]],
+                -1 if chain.residual is None else places[chain.residual],
                 chain.residual_first,
                 chain.in_place,
                 chain.relu,
                 tuple(map(int, conv.stride)),
                 tuple(map(int, conv.padding)),
             )
-            steps.append((step, place(node), _used(step)))
+            steps.append((step, place(node)))
         elif node not in starts:
             step = Call(
                 node.op, node.target, _plain_containers(values(node.args)), _plain_containers(values(node.kwargs))
             )
-            steps.append((step, place(node), _used(step)))
-    called = {step.target for step, _, _ in steps if isinstance(step, Call) and step.kind == "call_module"}
+            steps.append((step, place(node)))
+    called = {step.target for step, _ in steps if isinstance(step, Call) and step.kind == "call_module"}
     nested = tuple(sorted(name for name in called if name in inner or has_twin(found.module.get_submodule(name))))
-    return Program(tuple(inputs), _with_releases(steps, result), result, _traced(found), nested, found.kept(nested))
+    return Program(tuple(inputs), with_releases(steps, result), result, _traced(found), nested, found.kept(nested))
 
 
 def _plain_containers(argument):
@@ -336,7 +393,8 @@ def _plain_containers(argument):
     return argument
 
 
-def _positions(argument) -> set[int]:
+def positions(argument) -> set[int]:
+    """Of the values in an argument of a call."""
     if isinstance(argument, Value):
         return {argument.position}
     if isinstance(argument, slice):
@@ -345,22 +403,16 @@ def _positions(argument) -> set[int]:
         argument = argument.values()
     elif not isinstance(argument, (tuple, list)):
         return set()
-    return {position for item in argument for position in _positions(item)}
+    return {position for item in argument for position in positions(item)}
 
 
-def _used(step: Fused | Call) -> set[int]:
-    if isinstance(step, Fused):
-        return {step.x, step.residual} - {-1}
-    return _positions(step.args) | _positions(step.kwargs)
-
-
-def _with_releases(steps: list, result) -> tuple:
-    """``steps`` with the positions used for the last time in place of those used."""
-    later, reversed_steps = _positions(result), []
-    for step, position, used in reversed(steps):
+def with_releases(steps: Sequence[tuple], result) -> tuple:
+    """``steps``, of each the step and its position, with the positions that are used for the last time."""
+    later, reversed_steps = positions(result), []
+    for step, position in reversed(steps):
         unused = {position} - later
-        reversed_steps.append((step, position, tuple(sorted((used - later) | unused))))
-        later |= used
+        reversed_steps.append((step, position, tuple(sorted((step.used - later) | unused))))
+        later |= step.used
     return tuple(reversed(reversed_steps))
 
 

@@ -1,9 +1,11 @@
-"""What a module's forward computes in evaluation mode, recorded by torch.fx."""
+"""What a module's forward computes, recorded by torch.fx."""
 
 from __future__ import annotations
 
 import inspect
 import operator
+from itertools import zip_longest
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -82,16 +84,28 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def record(module: nn.Module, called: set[nn.Module]) -> fx.Graph:
-    """The graph of the forward in evaluation mode. Leaves the module as it is."""
+class Modes(NamedTuple):
+    """Whether modules are in training mode: those whose forward is recorded, and those that it calls."""
+
+    recorded: bool
+    called: bool
+
+
+_EVALUATION = Modes(False, False)
+_OTHERS = (Modes(True, True), Modes(True, False), Modes(False, True))
+
+
+def record(module: nn.Module, called: set[nn.Module], modes: Modes = _EVALUATION) -> fx.Graph:
+    """The graph of the forward in these modes. Leaves the module as it is."""
+    tracer = _Tracer(called)
     modules = list(module.modules())
-    modes = [each.training for each in modules]
-    for each in modules:
-        each.training = False  # not eval(), which classes override
+    modes_before = [each.training for each in modules]
+    for each in modules:  # not by train(), which classes override
+        each.training = modes.called if tracer.is_leaf_module(each, "") else modes.recorded
     before = [(dict(each.__dict__), dict(each._modules), dict(each._buffers)) for each in modules]
     wrote = False
     try:
-        graph = _Tracer(called).trace(module)
+        graph = tracer.trace(module)
     except Untraceable:
         raise
     except Exception as error:  # anything can happen in a forward that gets no tensors
@@ -108,11 +122,38 @@ def record(module: nn.Module, called: set[nn.Module]) -> fx.Graph:
                 each.__dict__["_modules"].update(children)
                 each.__dict__["_buffers"].clear()
                 each.__dict__["_buffers"].update(buffers)
-        for each, training in zip(modules, modes, strict=True):
+        for each, training in zip(modules, modes_before, strict=True):
             each.training = training
     if wrote:
         raise Untraceable("its forward sets attributes")
     return graph
+
+
+def mode_reason(module: nn.Module, called: set[nn.Module]) -> str | None:
+    """Why the graph in evaluation mode does not hold in training mode, or None.
+
+    A recording sees one side of an ``if self.training``. That it is the same in all modes shows that there is none that
+    matters. Modules that are called may be in another mode than the others, as frozen batch norms are.
+    """
+    expected = _described(record(module, called))
+    for modes in _OTHERS:
+        try:
+            nodes = _described(record(module, called, modes))
+        except Untraceable as error:
+            return f"in training mode {error}"
+        if nodes != expected:
+            different = (ours or theirs for ours, theirs in zip_longest(nodes, expected) if ours != theirs)
+            return f"its forward is another one in training mode, from {next(different)[0]} on"
+    return None
+
+
+def _described(graph: fx.Graph) -> list[tuple]:
+    """All of the nodes that matters, with their names first."""
+
+    def names(argument):
+        return fx.node.map_arg(argument, lambda node: f"%{node.name}")
+
+    return [(node.name, node.op, node.target, names(node.args), names(node.kwargs)) for node in graph.nodes]
 
 
 def _same(a: dict, b: dict) -> bool:

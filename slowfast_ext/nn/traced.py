@@ -9,8 +9,9 @@ from .. import ops
 from .block import FusedBlock, backend_reason, call_reason, compute_dtype, recording_reason
 from .conv import convolution_reason
 from .folding import FoldedWeights
-from .program import Call, Fused, Program, Value, find_program
+from .program import Call, Fused, Program, Value, child, find_program
 from .recording import Untraceable
+from .traced_training import Group, make_plan, train_group
 
 _SIMPLE = (bool, int, float, str, tuple)  # compared by value, all else by identity
 
@@ -27,18 +28,19 @@ class FusedTraced(FusedBlock):
     """
 
     nested = True
-    own = (*FusedBlock.own, "folded", "program", "recorded", "recorded_convolutions")
+    own = (*FusedBlock.own, "folded", "program", "training_plan", "recorded", "recorded_convolutions")
 
     def __init__(self, plain: nn.Module):
         super().__init__(plain)
         self.program, _ = find_program(plain)
-        self.folded = {step.conv: FoldedWeights() for step in self._steps}
+        self.training_plan = make_plan(plain, self.program)
+        self.folded = {step.conv: FoldedWeights() for step in self.program.fused}
         # What the record holds for. These are looked up in no registry, so that they are no children.
         self.recorded = {
             name: (plain.get_submodule(name), _attributes(plain.get_submodule(name), ()))
             for name in self.program.traced
         }
-        self.recorded_convolutions = {step.conv: plain.get_submodule(step.conv) for step in self._steps}
+        self.recorded_convolutions = {step.conv: plain.get_submodule(step.conv) for step in self.program.fused}
 
     @classmethod
     def examine(cls, module: nn.Module) -> tuple[Program | None, str | None, dict[str, str]]:
@@ -56,7 +58,7 @@ class FusedTraced(FusedBlock):
         taken = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}.intersection(cls.own)
         if taken:
             return program, f"it has the attribute {min(taken)}, which its twin would hide", plain
-        conv = next(module.get_submodule(step.conv) for step, _, _ in program.steps if isinstance(step, Fused))
+        conv = module.get_submodule(program.fused[0].conv)
         return program, backend_reason(conv.weight.device, conv.weight.dtype), plain
 
     @classmethod
@@ -69,10 +71,6 @@ class FusedTraced(FusedBlock):
         program, reason, _ = cls.examine(module)
         return reason if program is not None or reason is not None else "nothing in its own forward can be fused"
 
-    @property
-    def _steps(self) -> list[Fused]:
-        return [step for step, _, _ in self.program.steps if isinstance(step, Fused)]
-
     def _reason_now(self) -> str | None:
         if self.training:
             return "it is in training mode"
@@ -81,13 +79,19 @@ class FusedTraced(FusedBlock):
 
     def _state_reason(self) -> str | None:
         for name in self.program.traced[1:]:
-            if _child(self, name).training:
+            if child(self, name).training:
                 return f"{name} is in training mode"
-        for step in self._steps:
-            conv, bn = _child(self, step.conv), _child(self, step.bn)
+        return self._convolutions_reason(training=False)
+
+    def _convolutions_reason(self, training: bool) -> str | None:
+        """Why the convolutions and batch norms are not what the operators, or blocks in training, compute, or None."""
+        for step in self.program.fused:
+            conv, bn = child(self, step.conv), child(self, step.bn)
             reason = convolution_reason(conv, bn, type(conv))
             if reason is not None:
                 return f"{step.conv}: {reason}"
+            if training:
+                continue
             if bn is not None and bn.training:
                 return f"{step.bn} is in training mode"
             reason = recording_reason(conv.weight, conv.bias, *(() if bn is None else (bn.weight, bn.bias)))
@@ -95,18 +99,26 @@ class FusedTraced(FusedBlock):
                 return reason
         return backend_reason(conv.weight.device, conv.weight.dtype)
 
+    def _training_reason(self) -> str | None:
+        if self.training_plan.reason is not None:
+            return self.training_plan.reason
+        for name in self.program.traced[1:]:
+            if child(self, name).training != self.training:
+                return f"{name} is {'not ' if self.training else ''}in training mode, unlike the module around it"
+        return (None if torch.compiler.is_compiling() else self._change()) or self._convolutions_reason(training=True)
+
     def _change(self) -> str | None:
         """What is not as it was recorded, or None."""
         for name, (module, attributes) in self.recorded.items():
-            current = _child(self, name) if name else self
+            current = child(self, name) if name else self
             if name and current is not module:
                 return f"{name} has been replaced since accelerate()"
             if name and (reason := call_reason(module)) is not None:
                 return f"{name} {reason}"
             if not _alike(_attributes(current, () if name else self.own), attributes):
                 return f"{name or 'the module'} has been changed since accelerate()"
-        for step in self._steps:
-            conv, bn, relu = (_child(self, name) for name in (step.conv, step.bn, step.relu_module))
+        for step in self.program.fused:
+            conv, bn, relu = (child(self, name) for name in (step.conv, step.bn, step.relu_module))
             if conv is not self.recorded_convolutions[step.conv] or (bn is None) != (step.bn == ""):
                 return f"{step.conv} or {step.bn} has been replaced since accelerate()"
             if (tuple(conv.stride), tuple(conv.padding)) != (step.stride, step.padding):
@@ -129,11 +141,20 @@ class FusedTraced(FusedBlock):
         return super().forward(*args)
 
     def fused_forward(self, *args):
+        self._note_layer_by_layer(None)
+        return self._run(self.program.steps, args)
+
+    def training_forward(self, *args):
+        self._note_layer_by_layer(self.training_plan.plain)
+        return self._run(self.training_plan.steps, args)
+
+    def _run(self, steps: tuple, args: tuple):
         values: list = [*args, *[None] * len(self.program.steps)]
-        for step, position, released in self.program.steps:
+        for step, position, released in steps:
             if isinstance(step, Fused):
-                residual = None if step.residual < 0 else values[step.residual]
-                values[position] = self._fused(step, values[step.x], residual)
+                values[position] = self._fused(step, values[step.x], step.residual_of(values))
+            elif isinstance(step, Group):
+                values[position] = train_group(step, self, values)
             else:
                 values[position] = self._call(step, values)
             for index in released:
@@ -141,30 +162,24 @@ class FusedTraced(FusedBlock):
         return _fill(self.program.result, values)
 
     def _fused(self, step: Fused, x: Tensor, residual: object) -> Tensor:
-        conv, bn = _child(self, step.conv), _child(self, step.bn)
+        conv, bn = child(self, step.conv), child(self, step.bn)
         dtype = compute_dtype(conv.weight)
         if x.dim() == 5 and (residual is None or _fits(step, conv, x, residual, dtype)):
             weight, bias = self.folded[step.conv].get(conv, bn, dtype)
             options = {"stride": step.stride, "padding": step.padding, "relu": step.relu}
             return ops.conv3d_bn_relu(x, weight, bias, residual, **options)
-        y = conv(x)
-        y = y if bn is None else bn(y)
-        if step.in_place:
-            y += residual
-        elif residual is not None:
-            y = residual + y if step.residual_first else y + residual
-        return y.relu() if step.relu else y
+        return step.plain(self, x, residual)
 
     def _call(self, step: Call, values: list):
         args, kwargs = _fill(step.args, values), _fill(step.kwargs, values)
         if step.kind == "call_module":
-            return _child(self, step.target)(*args, **kwargs)
+            return child(self, step.target)(*args, **kwargs)
         if step.kind == "call_function":
             return step.target(*args, **kwargs)
         if step.kind == "call_method":
             return getattr(args[0], step.target)(*args[1:], **kwargs)
         module, _, name = step.target.rpartition(".")
-        return getattr(_child(self, module) if module else self, name)
+        return getattr(child(self, module) if module else self, name)
 
     def _plain_forward(self, *args, **kwargs):
         """By the plain module itself: its forward may ask for its class, as super() does."""
@@ -194,13 +209,9 @@ class FusedSequential(FusedTraced, nn.Sequential):
 
 def _fits(step: Fused, conv: nn.Conv3d, x: Tensor, residual: object, dtype: torch.dtype) -> bool:
     """Whether the sum has neither broadcasting nor another dtype."""
-    if not isinstance(residual, Tensor):
-        return False
-    sizes = [
-        (size + 2 * pad - kernel) // stride + 1
-        for size, pad, kernel, stride in zip(x.shape[2:], step.padding, conv.kernel_size, step.stride, strict=True)
-    ]
-    return residual.dtype == dtype and residual.shape == (x.shape[0], conv.out_channels, *sizes)
+    return (
+        isinstance(residual, Tensor) and residual.dtype == dtype and residual.shape == step.result_shape(conv, x.shape)
+    )
 
 
 def _fill(argument, values: list):
@@ -215,17 +226,6 @@ def _fill(argument, values: list):
     if isinstance(argument, slice):
         return slice(*(_fill(item, values) for item in (argument.start, argument.stop, argument.step)))
     return argument
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    """As :meth:`torch.nn.Module.get_submodule`, quickly; None for "" and where there is none."""
-    if not name:
-        return None
-    for part in name.split("."):
-        module = module._modules.get(part)
-        if module is None:
-            return None
-    return module
 
 
 def _attributes(module: nn.Module, apart_from: tuple[str, ...]) -> dict[str, object]:
