@@ -62,7 +62,7 @@ class Fused:
             *((size + 2 * pad - kernel) // stride + 1 for size, pad, kernel, stride in geometry),
         )
 
-    def plain(self, module: nn.Module, x: Tensor, residual: object) -> Tensor:
+    def run_plain(self, module: nn.Module, x: Tensor, residual: object) -> Tensor:
         """The result, by the children of ``module`` themselves."""
         y, bn = child(module, self.conv)(x), child(module, self.bn)
         return self.finish(y if bn is None else bn(y), residual)

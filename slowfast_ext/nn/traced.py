@@ -145,7 +145,7 @@ class FusedTraced(FusedBlock):
         return self._run(self.program.steps, args)
 
     def training_forward(self, *args):
-        self._note_layer_by_layer(self.training_plan.plain)
+        self._note_layer_by_layer(self.training_plan.layer_by_layer)
         return self._run(self.training_plan.steps, args)
 
     def _run(self, steps: tuple, args: tuple):
@@ -168,7 +168,7 @@ class FusedTraced(FusedBlock):
             weight, bias = self.folded[step.conv].get(conv, bn, dtype)
             options = {"stride": step.stride, "padding": step.padding, "relu": step.relu}
             return ops.conv3d_bn_relu(x, weight, bias, residual, **options)
-        return step.plain(self, x, residual)
+        return step.run_plain(self, x, residual)
 
     def _call(self, step: Call, values: list):
         args, kwargs = _fill(step.args, values), _fill(step.kwargs, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,12 +45,12 @@ class Plan:
     Attributes:
         steps: of the program, in groups; with the positions of the results and of what is not needed any more.
         reason: why the forward must not be fused in training, or None.
-        plain: why convolutions in it train plain, or None.
+        layer_by_layer: why some of the convolutions train plain, or None.
     """
 
     steps: tuple[tuple[Group | Call, int, tuple[int, ...]], ...]
     reason: str | None
-    plain: str | None
+    layer_by_layer: str | None
 
 
 def make_plan(module: nn.Module, program: Program) -> Plan:
@@ -57,8 +58,8 @@ def make_plan(module: nn.Module, program: Program) -> Plan:
     without_norm = [step.conv for step in program.fused if not step.bn]
     if len(without_norm) == len(program.fused):
         return Plan((), "none of its convolutions has a batch norm", None)
-    plain = f"{', '.join(without_norm)} without batch norm" if without_norm else None
-    return Plan(_in_groups(module, program), _reason(module, program), plain)
+    layer_by_layer = f"no batch norm follows {', '.join(without_norm)}" if without_norm else None
+    return Plan(_in_groups(module, program), _reason(module, program), layer_by_layer)
 
 
 def _reason(module: nn.Module, program: Program) -> str | None:
@@ -100,7 +101,7 @@ def _in_groups(module: nn.Module, program: Program) -> tuple:
     return with_releases([(step, position) for position, step in steps.items()], program.result)
 
 
-def _joined(group: Group, ending: dict[int, Group], take) -> Group:
+def _joined(group: Group, ending: dict[int, Group], take: Callable[[int], Group]) -> Group:
     """``group`` with the addition at its end, if that is one of a residual block."""
     x, last = group.branch[0].x, group.branch[-1]
     if not last.relu or last.residual < 0:
@@ -108,9 +109,16 @@ def _joined(group: Group, ending: dict[int, Group], take) -> Group:
     if last.residual == x:
         return replace(group, joins=True)
     beside = ending.get(last.residual)
-    if beside is None or len(beside.branch) > 1 or beside.branch[0].x != x:
+    if beside is None or beside.branch[0].x != x:
         return group
-    return replace(group, joins=True, shortcut=take(last.residual).branch[0])
+    if len(beside.branch) == 1:
+        return replace(group, joins=True, shortcut=take(last.residual).branch[0])
+    *before, end = beside.branch
+    if len(group.branch) > 1 or last.in_place or end.relu:
+        return group
+    take(last.residual)  # the shortcut came later and has the addition, which may as well be the branch's
+    end = replace(end, residual=last.residual, residual_first=not last.residual_first, relu=True)
+    return Group((*before, end), joins=True, shortcut=replace(last, residual=-1, relu=False))
 
 
 def _pooled(module: nn.Module, step: Call) -> int | None:
@@ -128,7 +136,7 @@ def train_group(group: Group, module: nn.Module, values: list) -> Tensor:
     """The result of ``group``, with children of ``module``, from the values of a program."""
     x, last = values[group.branch[0].x], group.branch[-1]
     if not last.bn:
-        return last.plain(module, x, last.residual_of(values))
+        return last.run_plain(module, x, last.residual_of(values))
     if x.dim() != 5:
         raise ValueError(f"{group.branch[0].conv}: x must be (N, C, T, H, W), got {tuple(x.shape)}")
     if group.joins and _fits(group, module, x):
@@ -144,7 +152,7 @@ def train_group(group: Group, module: nn.Module, values: list) -> Tensor:
     return last.finish(y, values[last.residual] if group.shortcut is None else _train([group.shortcut], module, x))
 
 
-def _train(steps, module: nn.Module, x: Tensor, **options) -> Tensor:
+def _train(steps: Sequence[Fused], module: nn.Module, x: Tensor, **options) -> Tensor:
     dtype = compute_dtype(child(module, steps[0].conv).weight)
     return train_block(x, [_part(step, module) for step in steps], dtype, **options)
 
