@@ -65,7 +65,7 @@ class Row:
         twin: class of the twin in its place, None where the block was kept.
         reason: why the block was kept, or why the twin's last forward was the plain block's; None if neither.
         layer_by_layer: why the twin's last fused forward was not one operator for the whole block, where there is one
-            for such blocks; None otherwise.
+            for such blocks, or which of its convolutions trained plain; None otherwise.
         served_by: what runs the operators on the twin's device, "CUDA kernels" or "PyTorch: <reason>"; None if kept.
         called: whether the twin has run; forwards under torch.compile are not counted.
     """
@@ -144,8 +144,9 @@ def accelerate(
 
     Args:
         model: any module.
-        mode: "inference" or "training". Blocks that have no twin for training, such as those of other libraries, train
-            by their own forward; :func:`explain` says which.
+        mode: "inference" or "training". What cannot train fused, such as a block without batch norm, or one whose
+            forward asks whether it is training and then does something else, trains by its own forward;
+            :func:`explain` says which.
         where: called with name and module of each candidate; where it returns false, the candidate is kept.
         strict: raise, before anything is replaced, if a candidate that ``where`` admits cannot be fused, or if there
             is no candidate at all.

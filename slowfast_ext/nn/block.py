@@ -83,7 +83,7 @@ class FusedBlock(nn.Module, ABC):
         object.__setattr__(self, "plain", plain)  # around registration: its children are this module's
         self.last_forward: str | None = None  # "fused", or why not
         self.trains = False  # whether accelerate() was asked for training
-        self.layer_by_layer: str | None = None  # why the last fused forward was not one operator for the whole block
+        self.layer_by_layer: str | None = None  # why the last fused forward was not one operator for all, if so
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:

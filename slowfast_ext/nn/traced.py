@@ -19,9 +19,10 @@ _SIMPLE = (bool, int, float, str, tuple)  # compared by value, all else by ident
 class FusedTraced(FusedBlock):
     """Twin of a module in whose forward convolutions are followed by batch norm, an addition or ReLU.
 
-    What the forward computes in evaluation mode is recorded by :mod:`torch.fx` when the twin is made. Modules that have
-    nothing to do with a convolution are called, hooks and all. If an attribute or child of a recorded module has
-    changed since, the twin runs the plain forward; under ``torch.compile`` it does not look.
+    What the forward computes in evaluation mode is recorded by :mod:`torch.fx` when the twin is made; if it computes
+    the same in training mode, it trains fused. Modules that have nothing to do with a convolution are called, hooks and
+    all. If an attribute or child of a recorded module has changed since, the twin runs the plain forward; under
+    ``torch.compile`` it does not look.
 
     Args:
         plain: a module of any class.

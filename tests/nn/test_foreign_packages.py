@@ -1,5 +1,6 @@
 """Networks of torchvision, pytorchvideo and mmaction2, where these are installed."""
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -7,7 +8,7 @@ import types
 
 import pytest
 import torch
-from fused_cases import block_tolerance, lively
+from fused_cases import Kept, block_tolerance, lively
 from torch import nn
 from torch.testing import assert_close
 
@@ -118,3 +119,36 @@ def test_a_network_of_another_package_is_fused_and_restored(name):
     restore(model)
     assert dict(model.named_modules()) == modules
     assert {name: dict(module.__dict__) for name, module in modules.items()} == attributes
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "101" not in name])
+def test_a_network_of_another_package_trains_as_the_plain_one(name):
+    """In float64, without dropout, and without pooling of fixed size, so that a small clip will do."""
+    plain, _ = NETWORKS[name][0](name)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if name == "s3d":
+        plain.avgpool = nn.AdaptiveAvgPool3d(1)
+    elif hasattr(plain, "blocks"):
+        del plain.blocks[5:]
+    lively(plain).double().train()
+    twin = accelerate(copy.deepcopy(plain), mode="training")
+    clip = torch.randn(2, 3, 16 if name == "s3d" else 8, 64, 64, dtype=torch.float64)
+    results, kept = [], []
+    for model in (plain, twin):
+        x = clip.clone().requires_grad_()
+        with Kept(model) as keeping:
+            y = model([x[:, :, ::4], x] if name == "slowfast_r50" else x)
+        kept.append(keeping.bytes)
+        y = tuple(y) if isinstance(y, (tuple, list)) else (y,)
+        sum(part.square().mean() for part in y).backward()
+        results.append([*y, x.grad, *(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            assert_close(actual, expected, rtol=1e-9, atol=1e-9 * max(1, expected.abs().max().item()))
+    assert {row.reason for row in explain(twin).rows if row.twin} == {None}
+    assert kept[1] < (0.95 if name == "s3d" else 0.8) * kept[0]  # s3d's layers are twins one by one
+    print(f"{name}: {kept[1] / kept[0]:.2f} of {kept[0] / 2**20:.0f} MiB kept")

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from fused_cases import CASES, LAYOUTS, build, inputs, lively
+from fused_cases import CASES, LAYOUTS, Kept, build, inputs, lively
 from small_networks import small_config
 from torch import nn
 from torch.testing import assert_close
@@ -273,41 +273,15 @@ def test_synchronised_batch_norm_of_one_process_is_batch_norm(norm):
     _assert_same(twin, plain, mine, theirs, (_run(twin, mine), _run(plain, theirs)))
 
 
-class _Kept:
-    """Bytes of the tensors that are kept for a backward pass, but for parameters; each storage once."""
-
-    def __init__(self, module):
-        self.own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
-        self.storages = {}
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.hooks.__exit__(*exception)
-
-    def _pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def elements(self):
-        return sum(self.storages.values()) // 4
-
-
 def test_a_bottleneck_keeps_one_tensor_for_each_convolution():
     block = accelerate(Bottleneck3d(64, 16).train(), mode="training")
     x = torch.randn(2, 64, 4, 8, 8).contiguous(memory_format=torch.channels_last_3d)
-    with _Kept(block) as kept:
+    with Kept(block) as kept:
         y = block(x.requires_grad_())
     pixels = 2 * 4 * 8 * 8
     statistics = 2 * (16 + 16 + 64)
     # x and y, which the blocks before and behind keep too, and the results of two convolutions; that of the third not
-    assert kept.elements == pixels * (64 + 64 + 16 + 16) + statistics
+    assert kept.bytes // 4 == pixels * (64 + 64 + 16 + 16) + statistics
     assert y.numel() == pixels * 64
 
 
@@ -317,9 +291,9 @@ def test_a_network_keeps_less_than_half():
     clip = torch.randn(2, 3, 8, 64, 64).contiguous(memory_format=torch.channels_last_3d)
     kept = []
     for model in (plain, twin):
-        with _Kept(model) as keeping:
+        with Kept(model) as keeping:
             model(clip)
-        kept.append(keeping.elements - clip.numel())
+        kept.append(keeping.bytes - 4 * clip.numel())
     assert kept[1] < 0.5 * kept[0]
 
 
