@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from itertools import zip_longest
 from typing import NamedTuple
 
+import torch
 from torch import fx, nn
 
 from .block import TWINS, FusedBlock, call_reason
@@ -47,9 +49,11 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # so that changes of buffers are recorded and not made
 
-    def __init__(self, called: set[nn.Module]):
+    def __init__(self, called: set[nn.Module], training: bool):
         super().__init__()
         self.called, self.scopes = called, [""]
+        with torch.enable_grad():
+            self.training, self.surroundings = training, _surroundings(training)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return has_twin(module) or module in self.called or isinstance(module, nn.Conv3d) or is_torchs(module)
@@ -79,9 +83,41 @@ class _Tracer(fx.Tracer):
             self.scopes.pop()
 
     def create_node(self, *args, **kwargs):
+        if _surroundings(self.training) != self.surroundings:  # of which no node would know
+            raise Untraceable("its forward turns gradients or checkpointing on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self.scopes[-1]
         return node
+
+
+def _surroundings(training: bool) -> tuple:
+    """The state of autograd. Hooks on saved tensors are what checkpointing works by."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) if training else None
+    return torch.is_grad_enabled(), hooks
+
+
+@contextlib.contextmanager
+def _all_is_seen(tracer: _Tracer):
+    """Of autograd functions the calls are recorded, not what they do, which has not their gradients; autocast, of which
+    no node would know, is refused.
+    """
+    apply, enter = torch.autograd.Function.__dict__["apply"], torch.autocast.__enter__
+
+    def record_call(function, *args, **kwargs):
+        bound = apply.__get__(None, function)
+        if not any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
+            return bound(*args, **kwargs)
+        return tracer.create_proxy("call_function", bound, args, kwargs)
+
+    def refuse(context):
+        raise Untraceable("its forward turns autocast on or off")
+
+    torch.autograd.Function.apply, torch.autocast.__enter__ = classmethod(record_call), refuse
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.autograd.Function.apply, torch.autocast.__enter__ = apply, enter
 
 
 class Modes(NamedTuple):
@@ -97,7 +133,7 @@ _OTHERS = (Modes(True, True), Modes(True, False), Modes(False, True))
 
 def record(module: nn.Module, called: set[nn.Module], modes: Modes = _EVALUATION) -> fx.Graph:
     """The graph of the forward in these modes. Leaves the module as it is."""
-    tracer = _Tracer(called)
+    tracer = _Tracer(called, modes != _EVALUATION)
     modules = list(module.modules())
     modes_before = [each.training for each in modules]
     for each in modules:  # not by train(), which classes override
@@ -105,7 +141,8 @@ def record(module: nn.Module, called: set[nn.Module], modes: Modes = _EVALUATION
     before = [(dict(each.__dict__), dict(each._modules), dict(each._buffers)) for each in modules]
     wrote = False
     try:
-        graph = tracer.trace(module)
+        with _all_is_seen(tracer):
+            graph = tracer.trace(module)
     except Untraceable:
         raise
     except Exception as error:  # anything can happen in a forward that gets no tensors
