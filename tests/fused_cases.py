@@ -1,4 +1,4 @@
-"""Blocks and inputs on which twins are compared with the plain blocks, and what is kept for their gradients."""
+"""Blocks and inputs on which twins are compared with the plain blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,29 +79,3 @@ def block_tolerance(module: nn.Module, dtype: torch.dtype, plain_result: torch.T
     terms = sum(layer.weight[0].numel() for layer in convolutions)
     scale = plain_result.double().std().item() if plain_result.numel() > 1 else 1.0
     return tolerance(dtype, terms, roundings=5 * len(convolutions), scale=scale)
-
-
-class Kept:
-    """While it is entered, counts what autograd keeps, but for parameters and buffers; each storage once."""
-
-    def __init__(self, module: nn.Module):
-        self.own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
-        self.storages = {}
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.hooks.__exit__(*exception)
-
-    def _pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.storages.values())

@@ -183,6 +183,12 @@ class _Chains:
                 kept[name] = self.plain.get(name, "the forward does not call it")
         return kept
 
+    def are_all(self) -> bool:
+        """Whether the forward is nothing but several of them, without additions."""
+        nodes = {node for node in self.nodes if node.op not in ("placeholder", "output")}
+        alone = nodes == {node for chain in self.chains for node in chain.nodes}
+        return alone and len(self.chains) > 1 and all(chain.residual is None for chain in self.chains)
+
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(node.target) if node.op == "call_module" else None
 
@@ -312,14 +318,15 @@ def _geometry(conv: nn.Conv3d):
 def find_program(module: nn.Module) -> tuple[Program | None, dict[str, str]]:
     """How the forward of ``module`` runs with convolutions fused, None if nothing is fused that is not so further in.
 
-    And the convolutions in it that stay plain, with the reason.
+    And the convolutions in it that stay plain, with the reason. Convolutions in a row are one program, though each is
+    further in: they train as one block.
 
     Raises:
         Untraceable: the forward cannot be recorded.
     """
     found = _Chains(module, record(module, set()))
     owners = {chain.owner for chain in found.chains}
-    if "" not in owners:
+    if "" not in owners and not found.are_all():
         return None, found.plain
     # Modules that have chains of their own, and no part of this module's, are called and get their own twins, unless
     # they are little more than a convolution.
@@ -327,7 +334,8 @@ def find_program(module: nn.Module) -> tuple[Program | None, dict[str, str]]:
     inner = {
         owner
         for owner in owners - {""}
-        if type(module.get_submodule(owner)).forward is not nn.Sequential.forward
+        if "" in owners
+        and type(module.get_submodule(owner)).forward is not nn.Sequential.forward
         and sum(isinstance(child, nn.Conv3d) for child in module.get_submodule(owner).modules()) > 1
         and not any(f"{scope}.".startswith(f"{owner}.") for scope in needed)
     }

@@ -154,9 +154,22 @@ def counts(m, x):
     return m.bn1(m.conv1(x))
 
 
+def without_gradients(m, x):
+    with torch.no_grad():
+        y = m.bn1(m.conv1(x))
+    return y + x
+
+
+def in_float32(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return m.bn1(m.conv1(x))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
+        (without_gradients, "Forward around it is kept: its forward turns gradients or checkpointing on or off"),
+        (in_float32, "Forward around it is kept: its forward turns autocast on or off"),
         (control_flow, "Forward around it is kept: its forward cannot be traced (TraceError: "),
         (writes, "Forward around it is kept: its forward sets attributes"),
         (counts, "Forward around it is kept: its forward "),

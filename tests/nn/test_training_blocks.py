@@ -5,12 +5,13 @@ import importlib
 
 import pytest
 import torch
-from fused_cases import CASES, LAYOUTS, Kept, build, inputs, lively
+from fused_cases import CASES, LAYOUTS, build, inputs, lively
 from small_networks import small_config
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from training_steps import Kept
 
 from slowfast_ext import accelerate, explain, ops, restore
 from slowfast_ext.models import (
