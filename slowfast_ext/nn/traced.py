@@ -101,12 +101,13 @@ class FusedTraced(FusedBlock):
         return backend_reason(conv.weight.device, conv.weight.dtype)
 
     def _training_reason(self) -> str | None:
-        if self.training_plan.reason is not None:
-            return self.training_plan.reason
+        reason = self.training_plan.reason or (None if torch.compiler.is_compiling() else self._change())
+        if reason is not None:
+            return reason
         for name in self.program.traced[1:]:
             if child(self, name).training != self.training:
                 return f"{name} is {'not ' if self.training else ''}in training mode, unlike the module around it"
-        return (None if torch.compiler.is_compiling() else self._change()) or self._convolutions_reason(training=True)
+        return self._convolutions_reason(training=True)
 
     def _change(self) -> str | None:
         """What is not as it was recorded, or None."""

@@ -136,6 +136,15 @@ def test_frozen_parts_and_kinds_of_batch_norm_are_respected(change):
     assert twin.last_forward == "fused"
 
 
+def test_a_recorded_module_that_is_gone_is_noticed():
+    plain = SequentialBlock(TemporalConv, 4, 4)
+    plain.downsample = nn.Sequential(nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4))
+    plain, twin = pair(lively(plain).double().train())
+    plain.downsample = twin.downsample = None
+    assert_same_step(plain, twin, clip(4, (6, 6)))
+    assert twin.last_forward == "the module has been changed since accelerate()"
+
+
 def test_a_recorded_module_in_another_mode_trains_plain():
     plain, twin = pair(block())
     for module in (plain, twin):
