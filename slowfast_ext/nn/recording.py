@@ -101,23 +101,23 @@ def _all_is_seen(tracer: _Tracer):
     """Of autograd functions the calls are recorded, not what they do, which has not their gradients; autocast, of which
     no node would know, is refused.
     """
-    apply, enter = torch.autograd.Function.__dict__["apply"], torch.autocast.__enter__
+    base, enter = torch.autograd.Function.__base__, torch.autocast.__enter__  # the base: apply may be bound already
 
     def record_call(function, *args, **kwargs):
-        bound = apply.__get__(None, function)
-        if not any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
-            return bound(*args, **kwargs)
-        return tracer.create_proxy("call_function", bound, args, kwargs)
+        if any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
+            return tracer.create_proxy("call_function", function.apply, args, kwargs)
+        return super(base, function).apply(*args, **kwargs)
 
     def refuse(context):
         raise Untraceable("its forward turns autocast on or off")
 
-    torch.autograd.Function.apply, torch.autocast.__enter__ = classmethod(record_call), refuse
+    base.apply, torch.autocast.__enter__ = classmethod(record_call), refuse
     try:
         with torch.enable_grad():
             yield
     finally:
-        torch.autograd.Function.apply, torch.autocast.__enter__ = apply, enter
+        del base.apply
+        torch.autocast.__enter__ = enter
 
 
 class Modes(NamedTuple):
