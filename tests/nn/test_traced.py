@@ -83,6 +83,12 @@ def test_what_cannot_be_fused_is_named_with_its_reason():
         accelerate(build("flat"), strict=True)
 
 
+def test_residual_blocks_have_a_twin_each():
+    model = accelerate(build("sequential"))
+    names = [name for name, module in model.named_modules() if isinstance(module, FusedBlock)]
+    assert names == ["stem", "layer1.0", "layer1.1", "layer2.0"]
+
+
 def test_blocks_inside_a_recorded_forward_keep_their_own_twins():
     model = accelerate(build("flat"))
     assert type(model) is FusedTraced

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_networks import ConvModule
+from foreign_networks import Branch, ConvModule
 from fused_cases import lively
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -310,6 +310,8 @@ def test_layers_in_a_row_are_one_twin_unless_one_of_them_has_a_hook():
     plain, twin = pair(lively(plain).double().train())
     assert_same_step(plain, twin, clip())
     assert [described(group) for group, _, _ in twin.training_plan.steps] == ["3"]
+    branches = accelerate(nn.Sequential(Branch(4, 4, 6, 2), Branch(6, 4, 6, 1)), mode="training")
+    assert [described(group) for group, _, _ in branches.training_plan.steps] == ["6"]
     plain[1].register_forward_hook(lambda module, x, y: y * 2)
     plain, twin = pair(plain)
     assert_same_step(plain, twin, clip())
