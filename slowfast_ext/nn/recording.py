@@ -120,18 +120,18 @@ def _all_is_seen(tracer: _Tracer):
         torch.autocast.__enter__ = enter
 
 
-class Modes(NamedTuple):
+class _Modes(NamedTuple):
     """Whether modules are in training mode: those whose forward is recorded, and those that it calls."""
 
     recorded: bool
     called: bool
 
 
-_EVALUATION = Modes(False, False)
-_OTHERS = (Modes(True, True), Modes(True, False), Modes(False, True))
+_EVALUATION = _Modes(False, False)
+_OTHERS = (_Modes(True, True), _Modes(True, False), _Modes(False, True))
 
 
-def record(module: nn.Module, called: set[nn.Module], modes: Modes = _EVALUATION) -> fx.Graph:
+def record(module: nn.Module, called: set[nn.Module], modes: _Modes = _EVALUATION) -> fx.Graph:
     """The graph of the forward in these modes. Leaves the module as it is."""
     tracer = _Tracer(called, modes != _EVALUATION)
     modules = list(module.modules())
