@@ -262,7 +262,11 @@ def _torch_serves(x: Tensor, splits: int) -> bool:
 
 def _finish(y: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None) -> Tensor:
     """Addition and ReLU, in place or into ``out``."""
-    if residual is not None and out is not None and not torch.compiler.is_compiling():  # which knows no such out
+    if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a result that was changed in place
+        y = y if residual is None else y + residual
+        y = y.relu() if relu else y
+        return y if out is None else out.copy_(y)
+    if residual is not None and out is not None:
         y = torch.add(y, residual, out=out)
     else:
         y = y if residual is None else y.add_(residual)

@@ -7,8 +7,11 @@ from .._library import lib
 
 
 def check(operator: str, condition: bool, argument: str, expected: object, actual: object) -> None:
-    """Raise RuntimeError unless ``condition``; usable in fake kernels."""
-    torch._check(condition, lambda: f"{operator}: {argument} must be {expected}, got {actual}")
+    """Raise RuntimeError unless ``condition``; usable in fake kernels and under torch.compile."""
+    if not isinstance(condition, bool):  # of symbolic sizes
+        torch._check(condition, lambda: f"{operator}: {argument} must be {expected}, got {actual}")
+    elif not condition:
+        raise RuntimeError(f"{operator}: {argument} must be {expected}, got {actual}")
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:

@@ -210,14 +210,16 @@ def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> 
         return x.new_empty(shape).to(memory_format=torch.channels_last_3d)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     convolution = (weight, bias, padding, stride, (1, 1, 1), 1)
-    if x.dtype != torch.float32:
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last_3d)
+    # One pixel, or one channel, is in both layouts, and torch 2.11 takes that for the other one.
+    ambiguous = residual is not None and residual.is_contiguous()
+    if x.dtype != torch.float32 or ambiguous:
         y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "none", [], "")
         y = y if residual is None else y.add_(residual)
         y = y.relu_() if relu else y
     elif residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *convolution, "relu" if relu else "none", [], "")
     else:
-        residual = residual.contiguous(memory_format=torch.channels_last_3d)
         epilogue = ("add", 1.0, "relu" if relu else None, [], None)
         y = torch.ops.mkldnn._convolution_pointwise(x, residual, *convolution, *epilogue)
     return y.contiguous(memory_format=torch.channels_last_3d)

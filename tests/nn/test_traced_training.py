@@ -290,7 +290,10 @@ def test_a_forward_that_is_another_one_in_training_mode_has_its_reason(function,
         torch.manual_seed(0)
         results.append(module(x) if function is not nothing_in_training else module.eval()(x))
     assert torch.equal(*results)
-    assert twin.last_forward.startswith(reason)
+    if function is checkpointed and isinstance(twin, Forward):  # torch 2.11's checkpoint leaves no twin at all
+        assert "Forward around it is kept" in str(explain(twin))
+    else:
+        assert twin.last_forward.startswith(reason)
     assert explain(twin).rows[0].reason == twin.last_forward
 
 
