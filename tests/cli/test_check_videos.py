@@ -95,11 +95,14 @@ def test_ctrl_c_keeps_what_was_found(tmp_path):
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as run:
-        assert run.stdout.readline() == "./missing: there is no such folder\n"
-        time.sleep(0.2)
-        os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(30) == 130
-        assert "Traceback" not in run.stderr.read()
+        try:
+            assert run.stdout.readline() == "./missing: there is no such folder\n"
+            time.sleep(0.2)
+            os.killpg(run.pid, signal.SIGINT)
+            assert run.wait(30) == 130
+            assert "Traceback" not in run.stderr.read()
+        finally:
+            run.kill()  # it goes on where the tests were started with SIGINT ignored
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["complete"], result["videos"], result["checked"]) == (False, 2, 1)
     assert [entry["position"] for entry in result["bad"]] == [1]
