@@ -294,7 +294,7 @@ def test_a_forward_that_is_another_one_in_training_mode_has_its_reason(function,
         assert "Forward around it is kept" in str(explain(twin))
     else:
         assert twin.last_forward.startswith(reason)
-    assert explain(twin).rows[0].reason == twin.last_forward
+        assert explain(twin).rows[0].reason == twin.last_forward
 
 
 def test_a_branch_in_the_forward_that_is_never_taken_does_not_matter():
