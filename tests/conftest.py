@@ -9,6 +9,7 @@ import pytest
 # `python -m pytest` puts the current folder first, where the package lies without its compiled kernels.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts beside the package, whose modules import each other by name
 
 import torch  # noqa: E402
 

@@ -210,7 +210,8 @@ def _cpu(x, weight, bias, residual, stride, padding, relu, allow_tf32=False) -> 
         return x.new_empty(shape).to(memory_format=torch.channels_last_3d)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     convolution = (weight, bias, padding, stride, (1, 1, 1), 1)
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last_3d)
+    if residual is not None and x.dtype == torch.float32:
+        residual = residual.contiguous(memory_format=torch.channels_last_3d)
     # One pixel, or one channel, is in both layouts, and torch 2.11 takes that for the other one.
     ambiguous = residual is not None and residual.is_contiguous()
     if x.dtype != torch.float32 or ambiguous:

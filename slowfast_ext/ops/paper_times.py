@@ -67,12 +67,8 @@ def paper_reason_against(
     third of these where float32 is made of three TF32 products.
 
     Args:
-        x: shape (N, C, T, H, W).
-        weight: shape (K, C, kernel_t, kernel_h, kernel_w).
-        stride, padding: elements along (T, H, W).
-        dtype: of x.
-        allow_tf32: whether float32 products may be TF32's.
-        device: where it is to run; the current CUDA device if None.
+        x, weight, stride, padding, dtype, allow_tf32, device: of
+            :func:`~slowfast_ext.ops.conv3d_statistics_reason_against`.
         maps: of the size of the result that the kernel reads besides.
         library_maps: that passes after cuDNN read and write.
     """

@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 from fused_cases import block_tolerance, lively
+from kept import KeptTensors
 from torch import nn
 from torch.testing import assert_close
-from training_steps import Kept
 
 from slowfast_ext import accelerate, explain, restore
 from slowfast_ext.nn import FusedTraced
@@ -140,7 +140,7 @@ def test_a_network_of_another_package_trains_as_the_plain_one(name):
     results, kept = [], []
     for model in (plain, twin):
         x = clip.clone().requires_grad_()
-        with Kept(model) as keeping:
+        with KeptTensors([model]) as keeping:
             y = model([x[:, :, ::4], x] if name == "slowfast_r50" else x)
         kept.append(keeping.bytes)
         y = tuple(y) if isinstance(y, (tuple, list)) else (y,)

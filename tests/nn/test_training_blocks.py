@@ -6,12 +6,13 @@ import importlib
 import pytest
 import torch
 from fused_cases import CASES, LAYOUTS, build, inputs, lively
+from kept import KeptTensors
 from small_networks import small_config
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from training_steps import Kept
+from training_steps import EXACT, assert_same_buffers, assert_same_gradients, assert_same_scaled_steps, run
 
 from slowfast_ext import accelerate, explain, ops, restore
 from slowfast_ext.models import (
@@ -27,8 +28,6 @@ from slowfast_ext.models.batch_norm import SyncBatchNorm3d
 from slowfast_ext.nn import training_layer
 from slowfast_ext.nn.training import Step, Structure
 
-# In float64 only the order of sums differs; gradients are compared relative to their largest element.
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
 STEM = type(CASES["stem"])(lambda: Stem(6, 5), ((2, 3, 5, 15, 13),))  # fewer frames: see the test of oneDNN below
 BLOCKS = {name: case for name, case in {**CASES, "pooled_stem": STEM}.items() if "without_norm" not in name}
 blocks = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
@@ -41,34 +40,19 @@ def _pair(case, dtype=torch.float64):
     return plain, accelerate(copy.deepcopy(plain), mode="training", strict=True)
 
 
-def _run(module, tensors, forward=None):
-    """The result, and its sum with fixed random weights differentiated."""
-    y = (forward or module)(*tensors)
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    if y.requires_grad:
-        (y * weights).sum().backward()
-    return y
-
-
 def _copies(tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def _assert_same_gradients(twin, plain, mine=(), theirs=()):
-    for ours, expected in zip([*twin.parameters(), *mine], [*plain.parameters(), *theirs], strict=True):
-        assert (ours.grad is None) == (expected.grad is None)
-        if ours.grad is not None:
-            assert ours.grad.dtype == ours.dtype
-            scale = max(1, expected.grad.abs().amax().item()) if expected.grad.numel() else 1
-            assert_close(ours.grad, expected.grad, rtol=1e-9, atol=1e-9 * scale)
+    pairs = ((twin, mine), (plain, theirs))
+    assert_same_gradients(*([tensor.grad for tensor in (*model.parameters(), *inputs)] for model, inputs in pairs))
 
 
 def _assert_same(twin, plain, mine, theirs, results):
     assert_close(*results, **EXACT)
     _assert_same_gradients(twin, plain, mine, theirs)
-    for (name, ours), expected in zip(twin.named_buffers(), plain.buffers(), strict=True):
-        assert_close(ours, expected, msg=lambda text, name=name: f"{name}: {text}", **EXACT)
+    assert_same_buffers(twin, plain)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,7 +61,7 @@ def test_a_step_of_training_is_the_plain_blocks(case, layout):
     plain, twin = _pair(case)
     x = inputs(case, torch.float64, layout=layout)
     theirs, mine = _copies(x), [tensor.detach().requires_grad_() for tensor in x]
-    results = _run(twin, mine), _run(plain, theirs)
+    results = run(twin, mine), run(plain, theirs)
     assert twin.last_forward == "fused"
     assert results[0].is_contiguous(memory_format=torch.channels_last_3d) or results[0].numel() == 0
     _assert_same(twin, plain, mine, theirs, results)
@@ -95,7 +79,7 @@ def test_what_a_gpu_runs_gives_the_same_in_plain_pytorch(case, adds, monkeypatch
     plain, twin = _pair(case)
     x = inputs(case, torch.float64)
     theirs, mine = _copies(x), _copies(x)
-    results = _run(twin, mine), _run(plain, theirs)
+    results = run(twin, mine), run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
 
@@ -141,11 +125,11 @@ def test_errors_are_no_larger_than_the_plain_blocks(case, dtype):
     twin = accelerate(copy.deepcopy(plain), mode="training")
     x = [tensor.contiguous(memory_format=torch.channels_last_3d) for tensor in inputs(case)]
     errors = []
-    _run(exact, [tensor.double() for tensor in x])
+    run(exact, [tensor.double() for tensor in x])
     for module in (plain, twin):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y = module(*x)
-        _run(None, [], lambda y=y: y.float())
+        run(y.float, [])
         pairs = zip(module.parameters(), exact.parameters(), strict=True)
         errors.append(torch.cat([(ours.grad.double() - theirs.grad).flatten() for ours, theirs in pairs]))
     assert twin.last_forward == "fused"
@@ -163,7 +147,7 @@ def test_the_gradient_of_a_kernel_longer_than_the_clip_is_finite_on_a_cpu(kernel
     twin = accelerate(copy.deepcopy(exact).float(), mode="training")
     x = torch.randn(2, 8, frames, 9, 9).requires_grad_()
     reference = x.detach().double().requires_grad_()
-    _run(exact, [reference])
+    run(exact, [reference])
     for _ in range(3):
         for size in (10**4, 10**5, 10**6):
             torch.full((size,), float("nan"))  # is freed at once
@@ -171,7 +155,7 @@ def test_the_gradient_of_a_kernel_longer_than_the_clip_is_finite_on_a_cpu(kernel
         x.grad = None
         with torch.autocast("cpu", torch.bfloat16):
             y = twin(x)
-        _run(None, [], lambda y=y: y.float())
+        run(y.float, [])
         for ours, theirs in ((twin.conv.weight.grad, exact.conv.weight.grad), (x.grad, reference.grad)):
             assert (ours - theirs).norm() < 0.1 * theirs.norm()  # rounded activations shift some of the ReLUs
 
@@ -196,7 +180,7 @@ def test_convolutions_of_any_geometry_and_norms_without_weights_are_differentiat
     twin = accelerate(copy.deepcopy(plain), mode="training", strict=True)
     x = torch.randn(2, 5, 4, 7, 6, dtype=torch.float64)
     mine, theirs = _copies([x]), _copies([x])
-    results = _run(twin, mine), _run(plain, theirs)
+    results = run(twin, mine), run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
 
@@ -228,7 +212,7 @@ def test_frozen_parts_are_respected(change, input_needs_gradient):
     (x,) = inputs(bottleneck, torch.float64)
     mine, theirs = ([x.clone().requires_grad_(input_needs_gradient)] for _ in range(2))
     for _ in range(2):
-        results = _run(twin, mine), _run(plain, theirs)
+        results = run(twin, mine), run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
 
@@ -245,7 +229,7 @@ def test_statistics_may_come_from_the_convolution(monkeypatch):
     twin = accelerate(copy.deepcopy(plain), mode="training", strict=True)
     x = inputs(bottleneck, torch.float64)
     mine, theirs = _copies(x), _copies(x)
-    _assert_same(twin, plain, mine, theirs, (_run(twin, mine), _run(plain, theirs)))
+    _assert_same(twin, plain, mine, theirs, (run(twin, mine), run(plain, theirs)))
     assert len(calls) == len(norms)
 
 
@@ -257,7 +241,7 @@ def test_statistics_of_parts_of_the_batch_are_supported():
     twin = accelerate(copy.deepcopy(plain), mode="training", strict=True)
     x = torch.randn(4, 16, 2, 5, 7, dtype=torch.float64)
     mine, theirs = _copies([x]), _copies([x])
-    results = _run(twin, mine), _run(plain, theirs)
+    results = run(twin, mine), run(plain, theirs)
     assert twin.last_forward == "fused"
     _assert_same(twin, plain, mine, theirs, results)
 
@@ -271,13 +255,13 @@ def test_synchronised_batch_norm_of_one_process_is_batch_norm(norm):
     twin = accelerate(block, mode="training", strict=True)
     (x,) = inputs(CASES["bottleneck"], torch.float64)
     mine, theirs = _copies([x]), _copies([x])
-    _assert_same(twin, plain, mine, theirs, (_run(twin, mine), _run(plain, theirs)))
+    _assert_same(twin, plain, mine, theirs, (run(twin, mine), run(plain, theirs)))
 
 
 def test_a_bottleneck_keeps_one_tensor_for_each_convolution():
     block = accelerate(Bottleneck3d(64, 16).train(), mode="training")
     x = torch.randn(2, 64, 4, 8, 8).contiguous(memory_format=torch.channels_last_3d)
-    with Kept(block) as kept:
+    with KeptTensors([block]) as kept:
         y = block(x.requires_grad_())
     pixels = 2 * 4 * 8 * 8
     statistics = 2 * (16 + 16 + 64)
@@ -292,7 +276,7 @@ def test_a_network_keeps_less_than_half():
     clip = torch.randn(2, 3, 8, 64, 64).contiguous(memory_format=torch.channels_last_3d)
     kept = []
     for model in (plain, twin):
-        with Kept(model) as keeping:
+        with KeptTensors([model]) as keeping:
             model(clip)
         kept.append(keeping.bytes - 4 * clip.numel())
     assert kept[1] < 0.5 * kept[0]
@@ -325,11 +309,11 @@ def test_a_network_trains_as_the_plain_one_without_a_concatenation(depth, latera
     clip = torch.randn(2, 3, 8, 17, 20, dtype=torch.float64)
     mine, theirs = _copies([clip]), _copies([clip])
     with _Operators() as operators:
-        result = _run(twin, mine)
+        result = run(twin, mine)
     report = explain(twin)
     assert all(row.called and row.reason is None for row in report.rows if row.name != "cls_head"), report
     assert operators.names.count("aten::cat") == 1  # in the head, of two vectors
-    _assert_same(twin, plain, mine, theirs, (result, _run(plain, theirs)))
+    _assert_same(twin, plain, mine, theirs, (result, run(plain, theirs)))
 
 
 def test_a_hooked_lateral_or_one_behind_a_hooked_block_concatenates_and_the_hook_runs():
@@ -339,7 +323,7 @@ def test_a_hooked_lateral_or_one_behind_a_hooked_block_concatenates_and_the_hook
     for module in (twin.backbone.slow_path.layer1[-1], twin.backbone.slow_path.layer2_lateral):
         module.register_forward_hook(lambda module, x, y: shapes.append((x[0].shape[1], y.shape[1])))
     clip = torch.randn(1, 3, 8, 32, 32, dtype=torch.float64)
-    assert_close(_run(twin, [clip]), _run(plain, [clip]), **EXACT)
+    assert_close(run(twin, [clip]), run(plain, [clip]), **EXACT)
     assert shapes == [(32, 32), (64, 96)]  # the block without the channels of its lateral connection
     _assert_same_gradients(twin, plain)
 
@@ -349,7 +333,7 @@ def test_a_hook_inside_a_block_makes_it_train_plainly_with_a_reason():
     calls = []
     twin.conv2.register_forward_hook(lambda *_: calls.append(1))
     (x,) = inputs(bottleneck, torch.float64)
-    results = _run(twin, [x]), _run(plain, [x])
+    results = run(twin, [x]), run(plain, [x])
     assert calls
     assert "hooks" in twin.last_forward
     _assert_same_gradients(twin, plain)
@@ -376,7 +360,7 @@ def test_a_module_may_be_used_twice_and_gradients_add_up():
     (x,) = inputs(case, torch.float64)
     for _ in range(2):
         for module in (twin, plain):
-            _run(module, [x], lambda x, module=module: module(module(x)))
+            run(lambda x, module=module: module(module(x)), [x])
     _assert_same_gradients(twin, plain)
     assert_close(twin.conv1.bn.running_var, plain.conv1.bn.running_var, **EXACT)
 
@@ -385,7 +369,7 @@ def test_checkpointing_recomputes_the_same():
     plain, twin = _pair(bottleneck)
     (x,) = inputs(bottleneck, torch.float64)
     for module in (twin, plain):
-        _run(module, [x.requires_grad_()], lambda x, module=module: checkpoint(module, x, use_reentrant=False))
+        run(lambda x, module=module: checkpoint(module, x, use_reentrant=False), [x.requires_grad_()])
     _assert_same_gradients(twin, plain)
     # Plain blocks move their statistics again when they are recomputed. Torch leaves the recomputation of the last one
     # at the last tensor that it needs, before a fused block has moved its own.
@@ -406,7 +390,7 @@ def test_evaluation_of_an_accelerated_network_in_training_is_folded():
     plain, twin = _pair(bottleneck)
     x = inputs(bottleneck, torch.float64)
     for module in (plain, twin):
-        _run(module, x)
+        run(module, x)
         with torch.no_grad():
             module.conv1.conv.weight.mul_(1.1)
     with torch.inference_mode():
@@ -418,25 +402,14 @@ def test_a_step_compiles_in_one_graph():
     twin = accelerate(copy.deepcopy(plain), mode="training")
     clip = torch.randn(1, 3, 8, 32, 32, dtype=torch.float64)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    results = _run(compiled, [clip]), _run(plain, [clip])
+    results = run(compiled, [clip]), run(plain, [clip])
     _assert_same(twin, plain, [], [], results)
 
 
 def test_a_gradient_scaler_updates_as_with_plain_blocks_and_skips_what_overflows():
     plain, twin = _pair(bottleneck, torch.float32)
     (x,) = inputs(bottleneck)
-    for module in (plain, twin):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        for factor in (1.0, float("inf"), 1.0):
-            loss = module(x).square().mean() * factor
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        assert scaler.get_scale() == 128.0
-    for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_same_scaled_steps(plain, twin, x)
 
 
 def test_the_mode_can_be_changed_and_undone():

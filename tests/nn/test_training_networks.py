@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from foreign_networks import NETWORKS, BranchedBlock, SequentialBlock, TemporalConv
 from fused_cases import lively
+from kept import KeptTensors
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from training_steps import Kept, assert_same_step, pair, step
+from training_steps import EXACT, assert_same_scaled_steps, assert_same_step, pair, step
 
 from slowfast_ext import accelerate, explain, restore
 from slowfast_ext.nn import FusedBlock
@@ -79,7 +80,7 @@ def test_less_is_kept_for_the_backward_pass(name):
     x = clip(dtype=torch.float32, size=(48, 40)).contiguous(memory_format=torch.channels_last_3d)
     kept = []
     for model in (plain, twin):
-        with Kept(model) as keeping:
+        with KeptTensors([model]) as keeping:
             model(x)
         kept.append(keeping.bytes - 4 * x.numel())
     assert kept[1] < KEPT[name] * kept[0]
@@ -88,7 +89,7 @@ def test_less_is_kept_for_the_backward_pass(name):
 def test_a_block_keeps_one_tensor_for_each_convolution():
     twin = accelerate(BranchedBlock(4, 3, 6, 2).double().train(), mode="training")
     x = clip(4, (6, 6)).contiguous(memory_format=torch.channels_last_3d)
-    with Kept(twin) as kept:
+    with KeptTensors([twin]) as kept:
         y = twin(x)
     statistics = 2 * (3 + 3 + 6 + 6)
     # The results of two convolutions, and y; those of the last one and of the shortcut are computed again.
@@ -165,18 +166,7 @@ def test_a_hook_on_what_was_recorded_runs(path):
 
 def test_a_gradient_scaler_updates_as_with_plain_blocks_and_skips_what_overflows():
     plain, twin = pair(block(dtype=torch.float32))
-    x = clip(4, (6, 6), torch.float32)
-    for module in (plain, twin):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        for factor in (1.0, float("inf"), 1.0):
-            scaler.scale(module(x).square().mean() * factor).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        assert scaler.get_scale() == 128.0
-    for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_same_scaled_steps(plain, twin, clip(4, (6, 6), torch.float32))
 
 
 def test_checkpointing_recomputes_the_same():
@@ -185,7 +175,7 @@ def test_checkpointing_recomputes_the_same():
     _, theirs = step(plain, x)
     _, ours = step(twin, x, lambda x: checkpoint(twin, x, use_reentrant=False))
     for mine, their in zip(ours, theirs, strict=True):
-        assert_close(mine, their, rtol=1e-9, atol=1e-9)
+        assert_close(mine, their, **EXACT)
 
 
 def test_a_step_compiles_in_one_graph():
@@ -248,6 +238,6 @@ def test_evaluation_after_training_is_folded_and_the_mode_can_be_changed():
     for module in (plain, twin):
         step(module, x)
     with torch.inference_mode():
-        assert_close(twin.eval()(x), plain.eval()(x), rtol=1e-9, atol=1e-9)
+        assert_close(twin.eval()(x), plain.eval()(x), **EXACT)
     accelerate(twin).train()(x)
     assert twin.last_forward == "it is in training mode"
