@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from unittest import mock
 
 import torch
 from isolated import Isolated
@@ -211,8 +214,9 @@ def _build(
     if variant.openvino:
         return _openvino(twin, clip, dtype), None
     if variant.ours == "engine":
-        engine = slowfast_ext.InferenceEngine(twin, dtype=dtype)
-        engine(clip)
+        with _without_former_choices():
+            engine = slowfast_ext.InferenceEngine(twin, dtype=dtype)
+            engine(clip)
         return lambda: engine(clip), dict(Counter(f"steps in {step.kernel}" for step in engine.plan.steps))
     forward = twin
     if variant.ours:
@@ -242,6 +246,13 @@ def _openvino(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Callable[[]
     request = openvino.compile_model(converted, "CPU", options).create_infer_request()
     array = clip.numpy()
     return lambda: torch.from_numpy(request.infer([array])[0].copy())
+
+
+@contextmanager
+def _without_former_choices():
+    """The engine tunes anew: what it chose another time it chose on a machine in another state."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, SLOWFAST_EXT_CACHE=folder):
+        yield
 
 
 @contextmanager

@@ -40,12 +40,16 @@ class OpenVinoBackend:
 
         self.network = network
         config = network.config
-        example = torch.zeros(1, 3, config.clip_len, config.test_crop_size, config.test_crop_size)
+        # Of the least size that the head takes: the sizes are set anew for each program, and tracing runs the network.
+        size = 32 * (1 if config.head_pooling == "global" else max(config.head_window))
+        example = torch.zeros(1, 3, config.clip_len, size, size)
+        plain = model if model.cls_head.fc_cls.weight.dtype == torch.float32 else _copy_in_float32(model)
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # of the tracer, about the checks of shapes
-            traced = model if model.cls_head.fc_cls.weight.dtype == torch.float32 else _copy_in_float32(model)
-            self._model = openvino.convert_model(_LogitsAndFeatures(traced), example_input=example)
+            traced = torch.jit.trace(_LogitsAndFeatures(plain).eval(), example, check_trace=False)
+            self._model = openvino.convert_model(traced, example_input=example)
         self._core = openvino.Core()
+        self.version = openvino.get_version()
 
     def reason_against(self, signature: Signature) -> str | None:
         """Why there can be no program for the signature, or None."""
@@ -103,7 +107,8 @@ class FasterCpuBackend:
         n, *shape = signature.shape
         clip = torch.randint(256, (n, *shape), dtype=torch.uint8) if signature.raw else torch.randn(n, *shape)
         name, why = self._tuner.choose(
-            f"network {self._digest()} {signature.shape} {signature.output} {self.network.dtype}",
+            f"network {self._digest()} {signature.shape} {signature.output} {self.network.dtype}, "
+            f"OpenVINO {self._openvino.version}",
             [Candidate(name, lambda run=run: run(clip)) for name, run in programs.items()],
             lambda: program(clip),
             _NETWORK_LIMIT[self.network.dtype],

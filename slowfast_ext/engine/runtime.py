@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -295,4 +298,15 @@ def _versions(device: torch.device) -> str:
     except PackageNotFoundError:  # run from a checkout
         ours = "unknown"
     cudnn = f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else ""
-    return f"slowfast_ext {ours}, torch {torch.__version__}{cudnn}"
+    return f"slowfast_ext {ours} ({_code_digest()}), torch {torch.__version__}{cudnn}"
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the Python and the compiled kernels that run in an engine: between two releases the version says nothing."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for part in ("engine/*.py", "ops/*.py", "_C.*") for path in package.glob(part)):
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]

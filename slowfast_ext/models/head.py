@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +45,8 @@ class SlowFastHead(nn.Module):
         logits = self.fc_cls(self.dropout(pooled.flatten(2).transpose(1, 2)))  # N, positions, classes
         if self.pooling == "sliding":
             return logits.mean(1)
-        return logits.log_softmax(2).logsumexp(1) - math.log(logits.shape[1])
+        positions = logits.new_full((), logits.shape[1])  # a tensor, which a trace does not take for a constant
+        return logits.log_softmax(2).logsumexp(1) - positions.log()
 
     def _slide(self, x: Tensor) -> Tensor:
         """Tensor[N, C, T, H, W] -> Tensor[N, C, H - window + 1, W - window + 1]."""

@@ -55,7 +55,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latency")
     pytest.importorskip("matplotlib")
     options = [*TINY, "--variants", "eager,eager_channels_last,accelerate,engine"]
-    assert latency.main([*options, "--json", str(folder / "latency.json"), "--plot", str(folder / "latency.png")]) == 0
+    options += ["--json", str(folder / "latency.json"), "--plot", str(folder / "latency.png")]
+    with pytest.MonkeyPatch.context() as patch:  # a choice kept among the user's would lie there
+        patch.setenv("SLOWFAST_EXT_CACHE", str(folder))
+        assert latency.main(options) == 0
     return folder
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import json
 import pickle
 import threading
 import weakref
@@ -17,6 +18,7 @@ from torch import nn
 import slowfast_ext
 from slowfast_ext import InferenceEngine
 from slowfast_ext.data import normalize
+from slowfast_ext.engine import runtime
 from slowfast_ext.engine.autotune import Tuner
 from slowfast_ext.engine.cpu import CpuBackend
 from slowfast_ext.engine.fused import FusedBackend
@@ -419,6 +421,15 @@ def test_a_wrong_clip_is_refused_before_any_work(model, clip, kind, message):
     with pytest.raises(kind, match=message):
         engine(clip)
     assert not engine._programs
+
+
+def test_a_choice_is_that_of_this_code(model, clip, monkeypatch, tmp_path):
+    for digest in ("one", "two"):
+        monkeypatch.setattr(runtime, "_code_digest", lambda digest=digest: digest)
+        InferenceEngine(model)(clip)
+    machines = json.loads((tmp_path / "cache" / "autotune.json").read_text())["entries"]
+    assert len(machines) == 2
+    assert all(f"({digest})" in str(machines.keys()) for digest in ("one", "two"))
 
 
 def test_a_map_smaller_than_the_sliding_window_is_refused():

@@ -1,6 +1,7 @@
 """OpenVINO computes the same and is taken where it is faster, and only there."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from slowfast_ext.data import normalize
 from slowfast_ext.engine import openvino as openvino_backend
 from slowfast_ext.engine.autotune import Tuner
 from slowfast_ext.engine.network import read_network
+from slowfast_ext.engine.plan import Signature
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -68,6 +70,15 @@ def test_the_faster_one_gives_the_plain_models_logits(model, engine_of, faster):
         assert error(engine.features(clip), features) < 1e-5
 
 
+@pytest.mark.parametrize("pooling", ["sliding", "sliding_softmax"])
+def test_a_sliding_window_has_as_many_positions_as_the_clip_asks_for(pooling, engine_of):
+    model = lively_model(small_config(clip_len=8, head_pooling=pooling, head_window=(1, 2)))
+    backend = openvino_backend.OpenVinoBackend(read_network(model, torch.float32, torch.device("cpu")), model)
+    clip = torch.randn(1, 3, 8, 96, 128)
+    with torch.inference_mode():
+        assert error(backend.program(Signature(tuple(clip.shape), False, "logits"))(clip), model(clip)) < 1e-5
+
+
 def test_bfloat16_weights_are_converted_too(engine_of):
     model = lively_model(small_config(clip_len=8, test_crop_size=64, test_short_side=64)).bfloat16()
     clip = torch.randn(1, 3, 8, 64, 64)
@@ -106,3 +117,13 @@ def test_a_network_that_does_not_convert_runs_in_onednn_and_the_plan_says_why(mo
     assert engine(torch.randn(1, 3, 8, 64, 64)).isfinite().all()
     assert "OpenVINO does not convert the network: RuntimeError: no such operation" in str(engine.plan)
     assert "no such operation" in caplog.text
+
+
+def test_a_choice_is_that_of_one_release_of_openvino(model, converted, monkeypatch, tmp_path):
+    monkeypatch.setattr(openvino_backend, "OpenVinoBackend", lambda network, model: converted)
+    for version in ("one", "two", "two"):
+        monkeypatch.setattr(converted, "version", version)
+        InferenceEngine(model)(torch.zeros(1, 3, 8, 64, 64))
+    (entries,) = json.loads((tmp_path / "cache" / "autotune.json").read_text())["entries"].values()
+    chosen = [key for key in entries if key.startswith("network")]
+    assert [key.rpartition(" ")[2] for key in chosen] == ["one", "two"]
