@@ -6,8 +6,9 @@
 
 Every variant runs the same weights on the same clips under inference_mode. Its logits are compared with eager float32
 before it is timed; one that is wrong, or cannot run, is listed with the reason. The variants are timed warm, one call
-of each in every round, in shuffled order. Exit status: 0; 1 if a variant was wrong or none could be timed; 2 for bad
-options.
+of each in every round, in shuffled order. With --processes N all of that happens N times, each in a process of its own:
+where a process's memory lies decides over much of the time that eager PyTorch takes on a CPU. Exit status: 0; 1 if a
+variant was wrong or none could be timed; 2 for bad options.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
@@ -27,12 +29,13 @@ import torch
 from isolated import Isolated
 from report import describe_environment, environment_line, format_table, plot_bars, write_json
 from roofline import Layer, count_layers, floor_milliseconds
+from summaries import pool, summarise
 from tqdm import tqdm
 from variants import VARIANTS, Outcome, create_network, prepare, reference_output
 
 import slowfast_ext
 from slowfast_ext.engine import Ceilings, measure_ceilings
-from slowfast_ext.evaluation.measuring import Summary, shuffled_rounds, time_once, tolerance
+from slowfast_ext.evaluation.measuring import shuffled_rounds, time_once, tolerance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_CROP = 32  # one position of the last feature map
@@ -64,6 +67,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         help="begin rounds for this long (default: {cpu:.0f} on a CPU, {cuda:.0f} on a GPU)".format(**SECONDS),
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="measure in so many new processes, one after the other (default: 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -91,6 +97,8 @@ def check_options(options: argparse.Namespace) -> None:
     check_workload(options, SECONDS)
     for name in options.dtypes:
         check_dtype(name, options.device)
+    if options.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {options.processes}")
     options.variants = choose_variants(options)
     check_folders(options, "json", "plot")
 
@@ -246,8 +254,7 @@ def measure(options: argparse.Namespace) -> dict:
         if isinstance(call, Isolated):
             call.close()
 
-    roofline = {dtype: describe_roofline(layers[dtype], ceilings[dtype]) for dtype in options.dtypes}
-    return {
+    document = {
         "benchmark": "latency",
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
@@ -260,10 +267,11 @@ def measure(options: argparse.Namespace) -> dict:
             "views": options.views,
             "tolerance": {dtype: tolerance(DTYPES[dtype], device) for dtype in options.dtypes},
         },
-        "roofline": roofline,
+        "roofline": {dtype: describe_roofline(layers[dtype], ceilings[dtype]) for dtype in options.dtypes},
         "kernels_unavailable": slowfast_ext.unavailable_reason(device),
-        "variants": describe_variants(outcomes, options, roofline),
+        "variants": [describe_variant(name, dtype, outcome) for (name, dtype), outcome in outcomes.items()],
     }
+    return summarise(document)
 
 
 def describe_roofline(layers: list[Layer], ceilings: Ceilings | None) -> dict:
@@ -276,49 +284,29 @@ def describe_roofline(layers: list[Layer], ceilings: Ceilings | None) -> dict:
     }
 
 
-def describe_variants(
-    outcomes: dict[tuple[str, str], Outcome], options: argparse.Namespace, roofline: dict[str, dict]
-) -> list[dict]:
-    summaries = {key: Summary.of(outcome.samples) for key, outcome in outcomes.items() if outcome.samples}
-    eager = summaries["eager", "float32"].median if ("eager", "float32") in summaries else None
-    rows = []
-    for (name, dtype), outcome in outcomes.items():
-        best_plain = min(
-            (
-                summary.median
-                for (other, its_dtype), summary in summaries.items()
-                if its_dtype == dtype and VARIANTS[other].is_plain
-            ),
-            default=None,
-        )
-        floor = roofline[dtype]["floor_ms"]
-        row = {
-            "name": name,
-            "dtype": dtype,
-            "description": VARIANTS[name].description,
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "relative_error": outcome.error,
-            "prepare_seconds": outcome.prepare_seconds,
-            "peak_memory_bytes": outcome.peak_memory,
-            "blocks": outcome.blocks,
-            "samples_ms": outcome.samples,
-        }
-        if (name, dtype) in summaries:
-            summary = summaries[name, dtype]
-            clips = options.batch / summary.median * 1e3
-            row |= {
-                "median_ms": summary.median,
-                "p10_ms": summary.p10,
-                "p90_ms": summary.p90,
-                "clips_per_second": clips,
-                "videos_per_second": clips / options.views,
-                "speedup_over_best_plain": best_plain and best_plain / summary.median,
-                "speedup_over_eager_float32": eager and eager / summary.median,
-                "roofline_fraction": floor and floor / summary.median,
-            }
-        rows.append(row)
-    return rows
+def describe_variant(name: str, dtype: str, outcome: Outcome) -> dict:
+    return {
+        "name": name,
+        "dtype": dtype,
+        "description": VARIANTS[name].description,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "relative_error": outcome.error,
+        "prepare_seconds": outcome.prepare_seconds,
+        "peak_memory_bytes": outcome.peak_memory,
+        "blocks": outcome.blocks,
+        "samples_ms": outcome.samples,
+    }
+
+
+def measure_in_processes(options: argparse.Namespace) -> dict:
+    """:func:`measure` in one new process after the other, with the samples of all in one document."""
+    context, documents = torch.multiprocessing.get_context("spawn"), []
+    for number in range(options.processes):
+        progress(f"process {number + 1} of {options.processes}")
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as executor:
+            documents.append(executor.submit(measure, options).result())
+    return pool(documents)
 
 
 def format_report(document: dict) -> str:
@@ -385,14 +373,19 @@ def format_notes(document: dict) -> list[str]:
         if row["status"] != "timed"
     ]
     for row in rows:
+        if medians := row.get("process_medians_ms"):
+            ordered = ", ".join(map(format_milliseconds, sorted(medians)))
+            notes.append(f"{row['name']} in {row['dtype']}: medians of the processes {ordered} ms")
+    for row in rows:
         for outcome, count in (row["blocks"] or {}).items():
             notes.append(f"{row['name']} in {row['dtype']}: {count} {outcome}")
     left_out = [name for name in VARIANTS if name not in {row["name"] for row in rows}]
     if left_out:
         notes.append(f"not asked for (--variants): {', '.join(left_out)}")
+    where = f" in {document['processes']} processes" if "processes" in document else ""
     notes.append(
-        f"{rounds} rounds in shuffled order, warm, inference_mode, random weights; error: relative to eager float32, "
-        f"at most {', '.join(f'{limit:.0e} in {dtype}' for dtype, limit in workload['tolerance'].items())}"
+        f"{rounds} rounds{where} in shuffled order, warm, inference_mode, random weights; error: relative to eager "
+        f"float32, at most {', '.join(f'{limit:.0e} in {dtype}' for dtype, limit in workload['tolerance'].items())}"
     )
     load, cores = document["environment"]["load_before"], document["environment"]["cores"]
     if load is not None and load > cores / 2:
@@ -432,7 +425,7 @@ def plot(path: Path, document: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    document = measure(options)
+    document = measure(options) if options.processes == 1 else measure_in_processes(options)
     print(format_report(document))
     if options.json is not None:
         write_json(options.json, document)

@@ -12,9 +12,10 @@ def markdown(document: dict) -> str:
     """A row for each variant that was timed, below a line that names machine, versions and workload."""
     environment, workload = document["environment"], document["workload"]
     clip = " x ".join(map(str, workload["clip"]))
+    processes = f", {document['processes']} processes" if "processes" in document else ""
     lines = [
         f"{environment['machine']}, {environment['cores']} cores ({environment['instructions']}), torch "
-        f"{environment['torch']}, commit {environment['commit']}, {workload['model']}, one clip of {clip}:",
+        f"{environment['torch']}, commit {environment['commit']}, {workload['model']}, one clip of {clip}{processes}:",
         "",
         "| variant | type | median ms (p10 to p90) | against eager float32 | peak MiB | error |",
         "|---|---|---|---|---|---|",

@@ -113,6 +113,16 @@ def test_only_the_asked_for_files_are_left(folder):
     assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_processes_of_their_own_have_their_samples_in_one_document(capsys, tmp_path):
+    status, text = run(capsys, "--variants", "eager", "--processes", "2", "--json", str(tmp_path / "latency.json"))
+    document = json.loads((tmp_path / "latency.json").read_text())
+    (row,) = document["variants"]
+    assert (status, document["processes"], len(row["samples_ms"])) == (0, 2, 4)
+    assert document["environment"]["threads"] == 1  # as here
+    assert "eager in float32: medians of the processes " in text
+    assert "4 rounds in 2 processes in shuffled order" in text
+
+
 def test_the_table_has_a_row_a_variant_and_says_that_no_gpu_was_measured(document):
     lines = latency.format_report(document).splitlines()
     assert document["environment"]["machine"] in lines[0]
@@ -195,6 +205,7 @@ def test_a_variant_that_cannot_run_is_named_with_its_reason_and_the_others_are_t
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:999"], "--device must be"),
         (["--dtype", "float32,int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
         (["--json", "no/such/folder/a.json"], "--json must be in an existing folder, got no/such/folder/a.json"),
         (["--plot", "no/such/folder/a.png"], "--plot must be in an existing folder, got no/such/folder/a.png"),
     ],
