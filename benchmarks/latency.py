@@ -193,25 +193,20 @@ def choose_variants(options: argparse.Namespace) -> list[tuple[str, str]]:
         names = [name for name, variant in VARIANTS.items() if options.device.type in variant.default_on]
         if importlib.util.find_spec("openvino") is None:
             names = [name for name in names if name not in ("openvino", "engine_torch_alone")]
-        if options.dtypes == ["float32"]:
-            names.remove("autocast_channels_last")
+        names = [name for name in names if set(VARIANTS[name].dtypes) & set(options.dtypes)]
     else:
         names = list(dict.fromkeys(name.strip() for name in options.variants.split(",")))
         for name in names:
             if name not in VARIANTS:
                 raise ValueError(f"--variants must be of {', '.join(VARIANTS)}, got {name!r}")
-            if VARIANTS[name].autocast and options.dtypes == ["float32"]:
-                raise ValueError(f"--variants must suit --dtype: {name} needs bfloat16 or float16, got float32")
+            if not set(VARIANTS[name].dtypes) & set(options.dtypes):
+                needed, given = " or ".join(VARIANTS[name].dtypes), ",".join(options.dtypes)
+                raise ValueError(f"--variants must suit --dtype: {name} needs {needed}, got {given}")
     if options.no_compile:
         names = [name for name in names if VARIANTS[name].compile is None]
         if not names:
             raise ValueError("--variants must name one without torch.compile where --no-compile is given, got none")
-    return [
-        (name, dtype)
-        for dtype in options.dtypes
-        for name in names
-        if not (VARIANTS[name].autocast and dtype == "float32")
-    ]
+    return [(name, dtype) for dtype in options.dtypes for name in names if dtype in VARIANTS[name].dtypes]
 
 
 def measure(options: argparse.Namespace) -> dict:

@@ -6,7 +6,6 @@ import copy
 import os
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from unittest import mock
 
 import torch
 from isolated import Isolated
+from runtimes import RUNTIMES
 from torch import Tensor, nn
 
 import slowfast_ext
@@ -37,10 +37,11 @@ class Variant:
             networks of one structure and equal options for the same, and would run the first one's code for both.
             ``"freezing"`` folds batch norm into the convolutions.
         ours: "accelerate" or "engine", through which of the two it runs; "" for neither.
-        openvino: OpenVINO's compiled model, float32 or bfloat16.
+        runtime: a name in `runtimes.RUNTIMES`, which it is converted for; "" for none.
         without: packages that it runs without, in a process of its own. On a CPU an engine always has one: it
-            changes how its process keeps freed memory, which would help the others too. So has OpenVINO, whose threads
-            are not torch's.
+            changes how its process keeps freed memory, which would help the others too. So has a runtime that is not
+            torch's, for its threads are not torch's either.
+        dtypes: in which it can compute.
         default_on: types of devices on which it runs unless ``--variants`` says otherwise.
     """
 
@@ -49,20 +50,27 @@ class Variant:
     autocast: bool = False
     compile: dict | None = None
     ours: str = ""
-    openvino: bool = False
+    runtime: str = ""
     without: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     default_on: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def is_plain(self) -> bool:
         """Whether it is what torch alone offers."""
-        return not self.ours and not self.openvino
+        return not self.ours and not self.is_foreign
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.runtime not in ("", "torchscript")
 
 
 VARIANTS = {
     "eager": Variant("plain modules, contiguous", torch.contiguous_format),
     "eager_channels_last": Variant("plain modules, channels_last_3d"),
-    "autocast_channels_last": Variant("plain modules, float32 weights, autocast, channels_last_3d", autocast=True),
+    "autocast_channels_last": Variant(
+        "plain modules, float32 weights, autocast, channels_last_3d", autocast=True, dtypes=("bfloat16", "float16")
+    ),
     # Without freezing, inductor was slower wherever it was tried; on a CPU it would double the time of the whole run.
     "compile": Variant("torch.compile, channels_last_3d", compile={}, default_on=("cuda",)),
     "compile_freezing": Variant("torch.compile, freezing, channels_last_3d", compile={"freezing": True}),
@@ -81,7 +89,23 @@ VARIANTS = {
         },
         default_on=(),
     ),
-    "openvino": Variant("OpenVINO", torch.contiguous_format, openvino=True, default_on=("cpu",)),
+    "torchscript": Variant(
+        "torch.jit.freeze, optimize_for_inference",
+        torch.contiguous_format,
+        runtime="torchscript",
+        dtypes=("float32",),
+        default_on=(),
+    ),
+    "onnxruntime": Variant(
+        "ONNX Runtime", torch.contiguous_format, runtime="onnxruntime", dtypes=("float32",), default_on=()
+    ),
+    "openvino": Variant(
+        "OpenVINO",
+        torch.contiguous_format,
+        runtime="openvino",
+        dtypes=("float32", "bfloat16"),
+        default_on=("cpu",),
+    ),
     "accelerate": Variant("slowfast_ext.accelerate, channels_last_3d", ours="accelerate"),
     "engine_torch_alone": Variant(
         "slowfast_ext.InferenceEngine without OpenVINO",
@@ -171,7 +195,7 @@ def prepare(
     held = torch.cuda.memory_allocated(device) if on_cuda else 0
     start = time.perf_counter()
     try:
-        if (variant.ours == "engine" and not on_cuda) or variant.openvino:
+        if (variant.ours == "engine" and not on_cuda) or variant.is_foreign:
             call = Isolated(_build, (variant, model, clip, dtype, device), variant.without)
             blocks = call.known
         else:
@@ -207,12 +231,12 @@ def _build(
     variant: Variant, model: nn.Module, clip: Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Tensor], Callable[[], dict] | dict | None]:
     """What runs the network once, and for ours how its parts run (of accelerate a function, to be called after it)."""
-    weights = torch.float32 if variant.autocast or variant.openvino or variant.ours == "engine" else dtype
+    weights = torch.float32 if variant.autocast or variant.runtime or variant.ours == "engine" else dtype
     twin = copy.deepcopy(model).to(device, weights, memory_format=variant.memory_format)
     # Inference tensors are refused by parts of torch.compile; the clip is made outside inference_mode.
     clip = clip.to(device, weights).contiguous(memory_format=variant.memory_format)
-    if variant.openvino:
-        return _openvino(twin, clip, dtype), None
+    if variant.runtime:
+        return RUNTIMES[variant.runtime](twin, clip, dtype), None
     if variant.ours == "engine":
         with _without_former_choices():
             engine = slowfast_ext.InferenceEngine(twin, dtype=dtype)
@@ -229,23 +253,6 @@ def _build(
             return forward(clip)
 
     return call, partial(_blocks, twin) if variant.ours else None
-
-
-def _openvino(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    import openvino
-
-    options = {
-        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # of the tracer, about the checks of shapes
-        converted = openvino.convert_model(model, example_input=clip)
-    converted.reshape(list(clip.shape))
-    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
-    array = clip.numpy()
-    return lambda: torch.from_numpy(request.infer([array])[0].copy())
 
 
 @contextmanager

@@ -263,7 +263,22 @@ def test_default_variants_depend_on_the_device_and_on_openvino(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert {name for name, _ in names("cpu", "float32")} == {*in_float32, "openvino", "engine_torch_alone"}
     on_gpu = {name for name, _ in names("cuda", "bfloat16")}
-    assert on_gpu == set(VARIANTS) - {"compile_max_autotune", "openvino", "engine_torch_alone"}
+    assert on_gpu == set(VARIANTS) - {
+        "compile_max_autotune",
+        "torchscript",
+        "onnxruntime",
+        "openvino",
+        "engine_torch_alone",
+    }
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnxruntime", "openvino"])
+def test_another_runtime_is_timed_in_the_types_that_it_has(name, capsys, tmp_path):
+    if name != "torchscript":
+        pytest.importorskip(name)
+    status, text = run(capsys, "--variants", name, "--dtype", "float32,float16", "--json", str(tmp_path / "a.json"))
+    (row,) = json.loads((tmp_path / "a.json").read_text())["variants"]
+    assert (status, row["dtype"], row["status"]) == (0, "float32", "timed"), text
 
 
 def test_what_fails_in_a_process_of_its_own_is_told_here():
