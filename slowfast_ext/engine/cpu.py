@@ -106,6 +106,9 @@ class CpuBackend:
 
     def _choose_convolution(self, step: Step, last_use: bool) -> None:
         (convolution,) = step.convolutions
+        if len(step.inputs) == 1 and _leaves_lanes_empty(convolution):
+            self._choose_pixels(step)
+            return
         geometry = (convolution.padding, convolution.stride, (1, 1, 1), 1)
         if convolution not in self._reordered:
             self._reordered[convolution] = _reorder(convolution.weight, *geometry, step.inputs[0].shape)
@@ -126,6 +129,22 @@ class CpuBackend:
 
         step.run = run
 
+    def _choose_pixels(self, step: Step) -> None:
+        """Few output channels leave lanes empty: then two neighbours in a row may be computed as further channels."""
+        (convolution,) = step.convolutions
+        shape = step.inputs[0].shape
+        runs = {"oneDNN convolution": _pixels(convolution, shape, 1)}
+        if step.outputs[0].shape[4] % 2 == 0:  # the first is taken without tuning
+            runs = {"oneDNN convolution, 2 pixels at once": _pixels(convolution, shape, 2)} | runs
+        sample = torch.randn((1, *shape[1:])).to(self.network.dtype, memory_format=torch.channels_last_3d)
+        step.kernel, step.why = self.tuner.choose(
+            f"convolution {shape[1:]} {tuple(convolution.weight.shape)} {convolution.padding} {self.network.dtype}",
+            [Candidate(name, lambda run=run: run(sample)) for name, run in runs.items()],
+            lambda: _plain_convolution(convolution, sample),
+            TOLERANCE[self.network.dtype],
+        )
+        step.run = runs[step.kernel]
+
     def _choose_stem(self, step: Step, frames: list[int] | None) -> None:
         """Few output channels leave lanes empty: then some neighbouring frames are computed as further channels."""
         (stem,) = step.convolutions
@@ -133,7 +152,7 @@ class CpuBackend:
         channels, length = output.shape[1:3]
         folds = [fold for fold in (1, 2, _MOST_FOLDED) if length % fold == 0 and fold * channels <= 2 * _LANES]
         folds = folds if channels < _LANES else [1]
-        folds = [fold for fold in folds if _sums_apart(stem, fold, length)] or folds
+        folds = [fold for fold in folds if _sums_apart(stem, fold)] or folds
         folds.sort(key=lambda fold: abs(fold * channels - _LANES))  # the first is taken without tuning
         runs = {}
         for fold in folds:
@@ -156,46 +175,34 @@ class CpuBackend:
     ) -> Callable[[Tensor], Tensor]:
         """``fold`` frames of the output are computed from these and a few neighbours, as channels.
 
-        In float32 the products with earlier, own and later frames are three sums: oneDNN adds all products of a
-        convolution in one chain, and the rounding in that of the fast stem, 735 long, is most of a network's error.
-        Else, if these are as many as the neighbours on either side, the frames of the input become channels too: the
-        same products, but from 6 channels, on which oneDNN is faster than on 3.
+        If these are as many as the neighbours on either side, the frames of the input become channels too: the same
+        products, but from 6 channels, on which oneDNN is faster than on 3. In float32 the products with own and with
+        neighbouring frames are then two sums: oneDNN adds all products of a convolution in one chain, and the rounding
+        in that of the fast stem, 735 long, is most of a network's error.
         """
-        channels, _, kernel_t, *size = stem.weight.shape
-        weight = torch.zeros(fold, channels, 3, kernel_t + fold - 1, *size)
-        for frame in range(fold):  # of the output: its taps begin that much later
-            weight[frame, :, :, frame : frame + kernel_t] = stem.weight
-        weight = weight.flatten(0, 1).to(stem.weight.dtype)
-        length, reach = shape[2] if frames is None else len(frames), stem.padding[0]
+        reach = stem.padding[0]
+        length = shape[2] if frames is None else len(frames)
+        weight = _neighbours(stem.weight, fold, 2)
+        grouped, apart = _grouped(stem, fold), _sums_apart(stem, fold)
         sizes = (shape[0], 3, length, *shape[3:])
-        apart = _sums_apart(stem, fold, length)
-        grouped = 1 < fold == reach and kernel_t == 2 * reach + 1 and not apart
         if grouped:  # (fold * K, fold * 3, 3, height, width): earlier, own and later frames
             weight = weight.unflatten(2, (3, fold)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
             sizes = (shape[0], fold * 3, length // fold, *shape[3:])
+        stride = (1 if grouped else fold, *stem.stride[1:])
         padding = (0 if apart else 1 if grouped else reach, *stem.padding[1:])
-        geometry = (padding, (1 if grouped else fold, *stem.stride[1:]), (1, 1, 1), 1)
-        weights = [
-            _reorder(part.contiguous(memory_format=torch.channels_last_3d), *geometry, sizes)
-            for part in (weight.split((reach, fold, reach), 2) if apart else (weight,))
-        ]
-        earlier, own, later = weights if apart else (None, *weights, None)
+        geometry = (padding, stride, (1, 1, 1), 1)
+        around = ((1, *stem.padding[1:]), stride, (2, 1, 1), 1)  # what lies between the two is left out
+        own = _reordered(weight[:, :, 1:2] if apart else weight, geometry, sizes)
+        others = _reordered(weight[:, :, ::2], around, sizes) if apart else None
         bias = None if stem.bias is None else stem.bias.repeat(fold)
-        onto = (None, *geometry, "add", None, None, [], None)
 
         def run(clip: Tensor) -> Tensor:
             x = _group(clip, frames, fold) if grouped else _select(clip, frames)
             y = _convolve(x, own, bias, *geometry, "none", [], "")
-            if apart:
-                for one, target in zip(x.split(1), y.split(1), strict=True):  # of one clip, frames are views
-                    _convolve_onto(target[:, :, 1:], one[:, :, fold - reach : -fold], earlier, *onto)
-                    _convolve_onto(target[:, :, :-1], one[:, :, fold:], later, *onto)
+            if others is not None:
+                _convolve_onto(y, x, others, None, *around, "add", None, None, [], None)
             # oneDNN's ReLU makes 0 of NaN, torch's does not; the maximum commutes with both.
-            y = F.max_pool3d(y, *POOLING).relu_()
-            if fold == 1:
-                return y
-            y = y.unflatten(1, (fold, channels)).permute(0, 3, 1, 4, 5, 2)  # N, T / fold, fold, H, W, K
-            return y.flatten(1, 2).permute(0, 4, 1, 2, 3)
+            return _apart(F.max_pool3d(y, *POOLING).relu_(), fold, 2)
 
         return run
 
@@ -260,16 +267,58 @@ def _group(clip: Tensor, frames: list[int] | None, fold: int) -> Tensor:
     return torch.stack(planes, -1).permute(0, 4, 1, 2, 3)
 
 
-def _sums_apart(stem: Convolution, fold: int, length: int) -> bool:
-    """Whether sums over earlier, own and later frames are taken one by one, where ``fold`` frames are computed at once.
-
-    The kernel reaches no further than to the neighbouring ``fold`` frames, so no part of a sum needs half its padding.
-    """
+def _grouped(stem: Convolution, fold: int) -> bool:
+    """Whether the kernel reaches over as many frames on either side as are computed at once."""
     reach = stem.padding[0]
-    return stem.weight.dtype == torch.float32 and 0 < reach <= fold < length and stem.weight.shape[2] == 2 * reach + 1
+    return 1 < fold == reach and stem.weight.shape[2] == 2 * reach + 1
+
+
+def _sums_apart(stem: Convolution, fold: int) -> bool:
+    return stem.weight.dtype == torch.float32 and _grouped(stem, fold)
+
+
+def _neighbours(weight: Tensor, fold: int, axis: int) -> Tensor:
+    """(K, C, ...) -> (fold * K, C, ...): the outputs at ``fold`` places along ``axis``, each beginning one later."""
+    sizes = list(weight.shape)
+    sizes[axis] += fold - 1
+    folded = weight.new_zeros(fold, *sizes)
+    for place in range(fold):
+        folded[place].narrow(axis, place, weight.shape[axis]).copy_(weight)
+    return folded.flatten(0, 1)
+
+
+def _apart(y: Tensor, fold: int, axis: int) -> Tensor:
+    """What :func:`_neighbours` put into channels, back at its places; a view where these are pixels of a row."""
+    if fold == 1:
+        return y
+    y = y.unflatten(1, (fold, -1)).permute(0, 3, 4, 5, 1, 2)  # N, T, H, W, fold, K
+    return y.movedim(4, axis).flatten(axis - 1, axis).permute(0, 4, 1, 2, 3)
+
+
+def _reordered(weight: Tensor, geometry: tuple, sizes: Sequence[int]) -> Tensor:
+    return _reorder(weight.contiguous(memory_format=torch.channels_last_3d), *geometry, sizes)
+
+
+def _leaves_lanes_empty(convolution: Convolution) -> bool:
+    """And two pixels at once would fill them; not with a kernel of one pixel, half of whose products would be zeros."""
+    channels, *_, width = convolution.weight.shape
+    return 2 * channels <= _LANES and width > 1 == convolution.stride[2]
+
+
+def _pixels(convolution: Convolution, sizes: Sequence[int], fold: int) -> Callable[[Tensor], Tensor]:
+    """A convolution with ``fold`` pixels of a row at once, which without copying are its output."""
+    geometry = (convolution.padding, (*convolution.stride[:2], fold), (1, 1, 1), 1)
+    weight = _reordered(_neighbours(convolution.weight, fold, 4), geometry, sizes)
+    bias = None if convolution.bias is None else convolution.bias.repeat(fold)
+    activation = "relu" if convolution.relu else "none"
+    return lambda x: _apart(_convolve(x, weight, bias, *geometry, activation, [], ""), fold, 4)
+
+
+def _plain_convolution(convolution: Convolution, x: Tensor) -> Tensor:
+    bias = None if convolution.bias is None else convolution.bias.float()
+    y = F.conv3d(x.float(), convolution.weight.float(), bias, convolution.stride, convolution.padding)
+    return y.relu() if convolution.relu else y
 
 
 def _plain_stem(stem: Convolution, clip: Tensor) -> Tensor:
-    bias = None if stem.bias is None else stem.bias.float()
-    y = F.conv3d(clip.float(), stem.weight.float(), bias, stem.stride, stem.padding)
-    return F.max_pool3d(y.relu(), *POOLING)
+    return F.max_pool3d(_plain_convolution(stem, clip).relu(), *POOLING)
