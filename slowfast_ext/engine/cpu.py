@@ -130,7 +130,10 @@ class CpuBackend:
         step.run = run
 
     def _choose_pixels(self, step: Step) -> None:
-        """Few output channels leave lanes empty: then two neighbours in a row may be computed as further channels."""
+        """Few output channels leave lanes empty: then two neighbours in a row may be computed as further channels.
+
+        Of the fast pathway's 3x3 convolutions of 8 channels that takes a third of the time.
+        """
         (convolution,) = step.convolutions
         shape = step.inputs[0].shape
         runs = {"oneDNN convolution": _pixels(convolution, shape, 1)}
@@ -138,7 +141,8 @@ class CpuBackend:
             runs = {"oneDNN convolution, 2 pixels at once": _pixels(convolution, shape, 2)} | runs
         sample = torch.randn((1, *shape[1:])).to(self.network.dtype, memory_format=torch.channels_last_3d)
         step.kernel, step.why = self.tuner.choose(
-            f"convolution {shape[1:]} {tuple(convolution.weight.shape)} {convolution.padding} {self.network.dtype}",
+            f"convolution {shape[1:]} {tuple(convolution.weight.shape)} {convolution.stride} {convolution.padding} "
+            f"{self.network.dtype}",
             [Candidate(name, lambda run=run: run(sample)) for name, run in runs.items()],
             lambda: _plain_convolution(convolution, sample),
             TOLERANCE[self.network.dtype],
