@@ -31,6 +31,8 @@ def onnxruntime(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Callable[
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Else its threads go on waiting actively after a call, in the time of the variant that comes next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         _, _, frames, height, width = clip.shape
