@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -294,12 +295,17 @@ def describe_variant(name: str, dtype: str, outcome: Outcome) -> dict:
     }
 
 
+def set_up_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be reported as left behind
+
+
 def measure_in_processes(options: argparse.Namespace) -> dict:
     """:func:`measure` in one new process after the other, with the samples of all in one document."""
     context, documents = torch.multiprocessing.get_context("spawn"), []
     for number in range(options.processes):
         progress(f"process {number + 1} of {options.processes}")
-        with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as executor:
+        with ProcessPoolExecutor(1, context, set_up_process, (torch.get_num_threads(),)) as executor:
             documents.append(executor.submit(measure, options).result())
     return pool(documents)
 
