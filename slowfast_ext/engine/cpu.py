@@ -156,7 +156,7 @@ class CpuBackend:
         channels, length = output.shape[1:3]
         folds = [fold for fold in (1, 2, _MOST_FOLDED) if length % fold == 0 and fold * channels <= 2 * _LANES]
         folds = folds if channels < _LANES else [1]
-        folds = [fold for fold in folds if _sums_apart(stem, fold)] or folds
+        folds = [fold for fold in folds if _sums_apart(stem, fold, length)] or folds
         folds.sort(key=lambda fold: abs(fold * channels - _LANES))  # the first is taken without tuning
         runs = {}
         for fold in folds:
@@ -179,32 +179,35 @@ class CpuBackend:
     ) -> Callable[[Tensor], Tensor]:
         """``fold`` frames of the output are computed from these and a few neighbours, as channels.
 
-        If these are as many as the neighbours on either side, the frames of the input become channels too: the same
-        products, but from 6 channels, on which oneDNN is faster than on 3. In float32 the products with own and with
-        neighbouring frames are then two sums: oneDNN adds all products of a convolution in one chain, and the rounding
-        in that of the fast stem, 735 long, is most of a network's error.
+        In float32 the products with earlier, own and later frames are three sums: oneDNN adds all products of a
+        convolution in one chain, and the rounding in that of the fast stem, 735 long, is most of a network's error.
+        Else, if these are as many as the neighbours on either side, the frames of the input become channels too: the
+        same products, but from 6 channels, on which oneDNN is faster than on 3.
         """
         reach = stem.padding[0]
         length = shape[2] if frames is None else len(frames)
         weight = _neighbours(stem.weight, fold, 2)
-        grouped, apart = _grouped(stem, fold), _sums_apart(stem, fold)
         sizes = (shape[0], 3, length, *shape[3:])
+        apart = _sums_apart(stem, fold, length)
+        grouped = 1 < fold == reach and stem.weight.shape[2] == 2 * reach + 1 and not apart
         if grouped:  # (fold * K, fold * 3, 3, height, width): earlier, own and later frames
             weight = weight.unflatten(2, (3, fold)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
             sizes = (shape[0], fold * 3, length // fold, *shape[3:])
-        stride = (1 if grouped else fold, *stem.stride[1:])
         padding = (0 if apart else 1 if grouped else reach, *stem.padding[1:])
-        geometry = (padding, stride, (1, 1, 1), 1)
-        around = ((1, *stem.padding[1:]), stride, (2, 1, 1), 1)  # what lies between the two is left out
-        own = _reordered(weight[:, :, 1:2] if apart else weight, geometry, sizes)
-        others = _reordered(weight[:, :, ::2], around, sizes) if apart else None
+        geometry = (padding, (1 if grouped else fold, *stem.stride[1:]), (1, 1, 1), 1)
+        parts = weight.split((reach, fold, reach), 2) if apart else (weight,)
+        weights = [_reordered(part, geometry, sizes) for part in parts]
+        earlier, own, later = weights if apart else (None, *weights, None)
         bias = None if stem.bias is None else stem.bias.repeat(fold)
+        onto = (None, *geometry, "add", None, None, [], None)
 
         def run(clip: Tensor) -> Tensor:
             x = _group(clip, frames, fold) if grouped else _select(clip, frames)
             y = _convolve(x, own, bias, *geometry, "none", [], "")
-            if others is not None:
-                _convolve_onto(y, x, others, None, *around, "add", None, None, [], None)
+            if apart:
+                for one, target in zip(x.split(1), y.split(1), strict=True):  # of one clip, frames are views
+                    _convolve_onto(target[:, :, 1:], one[:, :, fold - reach : -fold], earlier, *onto)
+                    _convolve_onto(target[:, :, :-1], one[:, :, fold:], later, *onto)
             # oneDNN's ReLU makes 0 of NaN, torch's does not; the maximum commutes with both.
             return _apart(F.max_pool3d(y, *POOLING).relu_(), fold, 2)
 
@@ -271,14 +274,13 @@ def _group(clip: Tensor, frames: list[int] | None, fold: int) -> Tensor:
     return torch.stack(planes, -1).permute(0, 4, 1, 2, 3)
 
 
-def _grouped(stem: Convolution, fold: int) -> bool:
-    """Whether the kernel reaches over as many frames on either side as are computed at once."""
+def _sums_apart(stem: Convolution, fold: int, length: int) -> bool:
+    """Whether sums over earlier, own and later frames are taken one by one, where ``fold`` frames are computed at once.
+
+    The kernel reaches no further than to the neighbouring ``fold`` frames, so no part of a sum needs half its padding.
+    """
     reach = stem.padding[0]
-    return 1 < fold == reach and stem.weight.shape[2] == 2 * reach + 1
-
-
-def _sums_apart(stem: Convolution, fold: int) -> bool:
-    return stem.weight.dtype == torch.float32 and _grouped(stem, fold)
+    return stem.weight.dtype == torch.float32 and 0 < reach <= fold < length and stem.weight.shape[2] == 2 * reach + 1
 
 
 def _neighbours(weight: Tensor, fold: int, axis: int) -> Tensor:

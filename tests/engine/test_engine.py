@@ -96,18 +96,18 @@ def test_bfloat16_is_no_further_off_than_eager(backend):
         assert error(engine(clips), reference) < 1.1 * error(eager, reference)
 
 
-@pytest.mark.parametrize(("clips", "frames", "limit"), [(1, 8, 0.7), (2, 8, 0.7), (1, 4, 0.8), (1, 2, 1.1)])
-def test_the_fast_stem_is_closer_to_float64_than_eager(clips, frames, limit):
-    """Its sums of 735 products are taken in two parts: own frames and neighbours, of which 2 frames have none."""
+@pytest.mark.parametrize(("clips", "fold"), [(1, 2), (2, 2), (1, 4)])
+def test_the_fast_stem_is_closer_to_float64_than_eager(clips, fold):
+    """Its sums of 735 products are taken in three parts; with 4 frames folded the longest part has 588 of them."""
     torch.manual_seed(0)
     model = lively_model(small_config(fast=dataclasses.replace(fast_pathway(18), base_channels=8)))
     stem, device = model.backbone.fast_path.conv1, torch.device("cpu")
     backend = CpuBackend(read_network(model, torch.float32, device), Tuner(device, "test", enabled=False))
-    x = torch.randn(clips, 3, frames, 64, 64).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.randn(clips, 3, 8, 64, 64).contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
         exact = copy.deepcopy(stem).double()(x.double())
-        result = backend._stem(backend.network.fast.stem, x.shape, None, 2)(x)
-        assert error(result, exact) < limit * error(stem(x), exact)
+        result = backend._stem(backend.network.fast.stem, x.shape, None, fold)(x)
+        assert error(result, exact) < (0.7 if fold == 2 else 0.9) * error(stem(x), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
