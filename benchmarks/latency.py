@@ -194,7 +194,6 @@ def choose_variants(options: argparse.Namespace) -> list[tuple[str, str]]:
         names = [name for name, variant in VARIANTS.items() if options.device.type in variant.default_on]
         if importlib.util.find_spec("openvino") is None:
             names = [name for name in names if name not in ("openvino", "engine_torch_alone")]
-        names = [name for name in names if set(VARIANTS[name].dtypes) & set(options.dtypes)]
     else:
         names = list(dict.fromkeys(name.strip() for name in options.variants.split(",")))
         for name in names:

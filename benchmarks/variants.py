@@ -62,6 +62,7 @@ class Variant:
 
     @property
     def is_foreign(self) -> bool:
+        """Whether something else than torch runs it."""
         return self.runtime not in ("", "torchscript")
 
 
